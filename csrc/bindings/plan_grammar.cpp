@@ -1,0 +1,7 @@
+#include "bindings/bindings.h"
+
+namespace pdiff::bindings {
+
+void bind_plan_grammar(pybind11::module_&) {}
+
+}  // namespace pdiff::bindings

@@ -1,0 +1,87 @@
+#include <cuda_runtime.h>
+
+#include "pdiff/device.h"
+#include "pdiff/error.h"
+
+namespace pdiff {
+namespace {
+
+constexpr int kProbeAnswer = 42;
+
+__global__ void probe_kernel(int* answer) { *answer = kProbeAnswer; }
+
+// Count devices and forget the error, which would otherwise stay for the next caller to find.
+cudaError_t count_devices(int* count) {
+  *count = 0;
+  const cudaError_t status = cudaGetDeviceCount(count);
+  if (status != cudaSuccess) {
+    *count = 0;
+    (void)cudaGetLastError();
+  }
+  return status;
+}
+
+// Puts the caller's current device back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device_idx) {
+    (void)cudaGetDevice(&previous_);
+    (void)cudaSetDevice(device_idx);
+  }
+  ~DeviceGuard() { (void)cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+}  // namespace
+
+bool built_with_cuda() { return true; }
+
+int cuda_device_count() {
+  int count = 0;
+  (void)count_devices(&count);
+  return count;
+}
+
+const char* cuda_unavailable_reason() {
+  int count = 0;
+  const cudaError_t status = count_devices(&count);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  return count > 0 ? "" : "no CUDA device";
+}
+
+int cuda_runtime_version() { return CUDART_VERSION / 10 * 10; }
+
+CudaDevice cuda_device(int device_idx) {
+  const int count = cuda_device_count();
+  PDIFF_CHECK(device_idx >= 0 && device_idx < count, "device_idx: expected 0 to ", count - 1,
+              ", got ", device_idx);
+  cudaDeviceProp prop{};
+  const cudaError_t status = cudaGetDeviceProperties(&prop, device_idx);
+  PDIFF_CHECK(status == cudaSuccess, "device_idx ", device_idx, ": ", cudaGetErrorString(status));
+  return CudaDevice{prop.name, prop.major, prop.minor, prop.multiProcessorCount,
+                    static_cast<int64_t>(prop.totalGlobalMem)};
+}
+
+bool cuda_can_launch(int device_idx) {
+  if (device_idx < 0 || device_idx >= cuda_device_count()) return false;
+  const DeviceGuard guard(device_idx);
+  int* answer = nullptr;
+  if (cudaMalloc(&answer, sizeof(int)) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  probe_kernel<<<1, 1>>>(answer);
+  int result = 0;
+  cudaError_t status = cudaGetLastError();  // no image for this device shows up here
+  if (status == cudaSuccess)
+    status = cudaMemcpy(&result, answer, sizeof(int), cudaMemcpyDeviceToHost);
+  (void)cudaFree(answer);
+  (void)cudaGetLastError();
+  return status == cudaSuccess && result == kProbeAnswer;
+}
+
+}  // namespace pdiff

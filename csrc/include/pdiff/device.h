@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+/// What CUDA offers to this process. Every function is safe without a driver: the count is then 0.
+namespace pdiff {
+
+struct CudaDevice {
+  std::string name;
+  int compute_capability_major;
+  int compute_capability_minor;
+  int num_sms;
+  int64_t memory_bytes;
+};
+
+bool built_with_cuda();
+int cuda_device_count();
+const char* cuda_unavailable_reason();   // "" when a device can be used
+int cuda_runtime_version();              // 13000 for 13.0; 0 when built without CUDA
+CudaDevice cuda_device(int device_idx);  // throws pdiff::Error on an index past the count
+bool cuda_can_launch(int device_idx);    // runs one tiny kernel and reads its result back
+
+}  // namespace pdiff
