@@ -1,9 +1,7 @@
 # libpdiff: the core as a shared library with headers and a CMake package, for hosts that are not Python.
 
-file(GLOB library_sources CONFIGURE_DEPENDS csrc/capi/*.cpp)
-add_library(pdiff SHARED ${library_sources} ${core_objects})
+add_library(pdiff SHARED ${capi_sources} ${core_objects})
 add_library(pdiff::pdiff ALIAS pdiff)
-target_compile_definitions(pdiff PRIVATE ${build_definitions})
 target_link_libraries(pdiff PRIVATE $<BUILD_INTERFACE:pdiff_options>)
 if(PDIFF_CUDA)
   target_link_libraries(pdiff PRIVATE $<BUILD_INTERFACE:CUDA::cudart_static>)
