@@ -27,14 +27,13 @@ ROOT = Path(__file__).resolve().parent
 def find_tool(name: str) -> str:
     """Path of cmake or ninja: its Python package, then the interpreter's scripts folder, then PATH."""
     try:
-        bin_dir = importlib.import_module(name).__dict__.get(f"{name.upper()}_BIN_DIR") or importlib.import_module(name).BIN_DIR
-        candidate = Path(bin_dir) / name
-        if candidate.exists():
+        module = importlib.import_module(name)
+        bin_dir = getattr(module, {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name])
+        if (candidate := Path(bin_dir) / name).exists():
             return str(candidate)
     except (ImportError, AttributeError):
         pass
-    candidate = Path(sysconfig.get_path("scripts")) / name
-    if candidate.exists():
+    if (candidate := Path(sysconfig.get_path("scripts")) / name).exists():
         return str(candidate)
     found = shutil.which(name)
     if found is None:
@@ -93,7 +92,15 @@ class CMakeBuild(build_ext):
 
         # The same step serves a wheel, an editable install and `build_ext --inplace`.
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        install = [cmake, "--install", str(build_dir), "--prefix", str(destination), "--component", "python"]
+        install = [
+            cmake,
+            "--install",
+            str(build_dir),
+            "--prefix",
+            str(destination),
+            "--component",
+            "python",
+        ]
         subprocess.run(install, check=True)
 
 
