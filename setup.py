@@ -1,8 +1,9 @@
 """Builds `pdiff_runtime._C` with CMake. Everything else about the package is in pyproject.toml.
 
-The build folder has a fixed name inside the source tree, so a second install is incremental, also from another isolated
-build environment. Environment: MAX_JOBS, PDIFF_WITH_CUDA (AUTO, ON, OFF), PDIFF_BUILD_TYPE, PDIFF_CUDA_ARCHITECTURES,
-PDIFF_CMAKE_ARGS, CUDACXX or CUDA_HOME, CC, CXX, CUDAHOSTCXX.
+The build folder has a fixed name inside the source tree, so a second install is incremental, also
+from another isolated build environment. Environment: MAX_JOBS, PDIFF_WITH_CUDA (AUTO, ON, OFF),
+PDIFF_BUILD_TYPE, PDIFF_CUDA_ARCHITECTURES, PDIFF_CMAKE_ARGS, CUDACXX or CUDA_HOME, CC, CXX,
+CUDAHOSTCXX.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(name: str) -> str:
-    """Path of cmake or ninja: its Python package, then the interpreter's scripts folder, then PATH."""
+    """Path of cmake or ninja: its Python package, the interpreter's scripts folder, then PATH."""
     try:
         module = importlib.import_module(name)
         bin_dir = getattr(module, {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name])
@@ -91,17 +92,9 @@ class CMakeBuild(build_ext):
         subprocess.run(build, check=True)
 
         # The same step serves a wheel, an editable install and `build_ext --inplace`.
-        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        install = [
-            cmake,
-            "--install",
-            str(build_dir),
-            "--prefix",
-            str(destination),
-            "--component",
-            "python",
-        ]
-        subprocess.run(install, check=True)
+        prefix = str(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+        install = [cmake, "--install", str(build_dir), "--prefix", prefix]
+        subprocess.run([*install, "--component", "python"], check=True)
 
 
 setup(ext_modules=[Extension("pdiff_runtime._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

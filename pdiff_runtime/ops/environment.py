@@ -1,4 +1,4 @@
-"""What this installation can do, and why anything is missing: the facts behind ``pdiff check-env``."""
+"""What this installation can do, and why anything is missing: what ``pdiff check-env`` prints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CudaDevice:
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions, build flags, devices; ``unavailable`` maps each missing impl or extra to its reason."""
+    """Versions, build flags, devices; ``unavailable`` maps a missing impl or extra to the reason."""
 
     version: str
     python: str
@@ -61,9 +61,9 @@ class Environment:
     def report(self) -> str:
         """A few aligned lines for people."""
         threads = "OpenMP" if self.openmp else "no OpenMP"
-        isa = (
-            f"{self.isa_selected} (built {', '.join(self.isa_built)}; detected {self.isa_detected})"
-        )
+        torch_cuda = self.torch_cuda or "none"
+        isa_built = ", ".join(self.isa_built)
+        isa = f"{self.isa_selected} (built {isa_built}; detected {self.isa_detected})"
         if self.isa_override:
             isa += f", PDIFF_CPU_ISA={self.isa_override}"
         cuda = "not built"
@@ -72,20 +72,15 @@ class Environment:
         rows = [
             ("pdiff_runtime", f"{self.version} ({self.compiler}, {self.build_type}, {threads})"),
             ("python", f"{self.python} on {self.platform}"),
-            (
-                "torch",
-                f"{self.torch}, CUDA {self.torch_cuda or 'none'}, {self.num_threads} threads",
-            ),
+            ("torch", f"{self.torch}, CUDA {torch_cuda}, {self.num_threads} threads"),
             ("cpu kernels", isa),
             ("cuda kernels", cuda),
         ]
         for device_idx, device in enumerate(self.cuda_devices):
             major, minor = device.compute_capability
-            memory = f"{device.memory_bytes / 2**30:.0f} GiB"
-            text = (
-                f"{device.name}, compute capability {major}.{minor}, {device.num_sms} SMs, {memory}"
-            )
-            rows.append((f"cuda:{device_idx}", f"{text}, kernels {device.kernels}"))
+            size = f"{device.num_sms} SMs, {device.memory_bytes / 2**30:.0f} GiB"
+            text = f"{device.name}, {major}.{minor}, {size}, kernels {device.kernels}"
+            rows.append((f"cuda:{device_idx}", text))
         rows.append(("impls", ", ".join(self.impls)))
         rows.append(("extras", ", ".join(self.extras) or "none"))
         rows += [(f"no {name}", reason) for name, reason in self.unavailable.items()]
@@ -98,7 +93,7 @@ def kernels_for(compute_capability: tuple[int, int], architectures: tuple[str, .
 
     Args:
         compute_capability: Major and minor number of the device.
-        architectures: As CMake writes them, e.g. ``("80-real", "90-real", "90-virtual", "90a-real")``.
+        architectures: As CMake writes them, e.g. ``("80-real", "90-virtual", "90a-real")``.
     """
     major, minor = compute_capability
     if compute_capability < MIN_COMPUTE_CAPABILITY:
@@ -147,7 +142,7 @@ def _why_no_triton() -> str:
 
 
 def _missing_by_extra() -> dict[str, list[str]]:
-    """Extra -> its packages that are not installed, read from the installed package's own metadata."""
+    """Extra -> its packages that are not installed, from the installed package's own metadata."""
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # imported from a source tree, not installed
@@ -167,7 +162,7 @@ def _missing_by_extra() -> dict[str, list[str]]:
 
 
 def environment() -> Environment:
-    """Collect the facts. Asks the CUDA driver for its devices, and makes no context on any of them."""
+    """Collect the facts. Asks the CUDA driver for its devices and makes no context on them."""
     architectures = tuple(_C.cuda_architectures.split())
     devices = _cuda_devices(architectures)
     missing = _missing_by_extra()
