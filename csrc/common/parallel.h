@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/macros.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace pdiff {
+
+/// Calls body(task) for every task in [0, num_tasks), on up to `num_threads` threads that take
+/// `grain` tasks at a time. The caller passes the count (Python: torch.get_num_threads(), which a
+/// fresh thread does not inherit); 1 thread or a build without OpenMP runs the plain loop. Tasks
+/// share nothing, so no result depends on the number of threads. `body` must not throw.
+template <typename Body>
+PDIFF_INLINE void parallel_for(int64_t num_tasks, int num_threads, int64_t grain,
+                               const Body& body) {
+#if defined(_OPENMP)
+  const int64_t num_chunks = (num_tasks + grain - 1) / grain;
+  if (num_threads > num_chunks) num_threads = static_cast<int>(num_chunks);
+  if (num_threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t begin = chunk * grain;
+      const int64_t end = begin + grain < num_tasks ? begin + grain : num_tasks;
+      for (int64_t task = begin; task < end; ++task) body(task);
+    }
+    return;
+  }
+#else
+  (void)num_threads;
+  (void)grain;
+#endif
+  for (int64_t task = 0; task < num_tasks; ++task) body(task);
+}
+
+}  // namespace pdiff

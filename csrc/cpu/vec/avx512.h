@@ -1,0 +1,138 @@
+#pragma once
+
+// The vector layer on AVX-512 (F, BW, DQ, VL; bfloat16 conversion in one instruction where the
+// translation unit allows AVX512_BF16). vec/generic.h documents the interface.
+
+// GCC 12 warns about the deliberately undefined registers inside its own intrinsics (bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+
+#include "common/macros.h"
+#include "pdiff/dtype.h"
+
+#ifndef PDIFF_ISA
+#define PDIFF_ISA avx512
+#endif
+
+namespace pdiff::cpu::PDIFF_ISA {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+};
+
+struct Mask {
+  __mmask16 bits;
+};
+
+struct VecInt {
+  __m512i v;
+};
+
+// Masks.
+PDIFF_INLINE Mask first_lanes(int n) {
+  return {static_cast<__mmask16>(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u)};
+}
+PDIFF_INLINE Mask operator&(Mask a, Mask b) { return {_kand_mask16(a.bits, b.bits)}; }
+PDIFF_INLINE Mask operator|(Mask a, Mask b) { return {_kor_mask16(a.bits, b.bits)}; }
+PDIFF_INLINE Mask operator~(Mask a) { return {_knot_mask16(a.bits)}; }
+PDIFF_INLINE bool any(Mask m) { return m.bits != 0; }
+PDIFF_INLINE bool all(Mask m) { return m.bits == 0xffff; }
+PDIFF_INLINE int count(Mask m) { return __builtin_popcount(m.bits); }
+PDIFF_INLINE int first_set(Mask m) { return __builtin_ctz(m.bits); }
+
+// Constants.
+PDIFF_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+PDIFF_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+PDIFF_INLINE VecInt broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+PDIFF_INLINE VecInt iota() {
+  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+
+// Memory.
+PDIFF_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PDIFF_INLINE Vec load_first(const float* p, int n, float fill = 0.0f) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n).bits, p)};
+}
+PDIFF_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+PDIFF_INLINE void store_first(float* p, Vec a, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n).bits, a.v);
+}
+
+PDIFF_INLINE Vec widen(__m256i halves) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
+PDIFF_INLINE __m256i narrow(Vec a) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  __m512i rounded = _mm512_add_epi32(bits, bias);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));  // stays a NaN
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+PDIFF_INLINE Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+PDIFF_INLINE Vec load_first(const bfloat16* p, int n, float fill = 0.0f) {
+  const __mmask16 m = first_lanes(n).bits;
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m, widen(_mm256_maskz_loadu_epi16(m, p)).v)};
+}
+PDIFF_INLINE void store(bfloat16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow(a)); }
+PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n).bits, narrow(a));
+}
+
+PDIFF_INLINE VecInt load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+PDIFF_INLINE int store_compressed(float* p, Mask m, Vec a) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.bits, a.v));
+  return count(m);
+}
+PDIFF_INLINE int store_compressed(int32_t* p, Mask m, VecInt a) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.bits, a.v));
+  return count(m);
+}
+
+// Arithmetic.
+PDIFF_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+PDIFF_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+PDIFF_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PDIFF_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+PDIFF_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+PDIFF_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+PDIFF_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+PDIFF_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+PDIFF_INLINE VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+
+// Comparisons.
+PDIFF_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+PDIFF_INLINE Mask operator>=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+PDIFF_INLINE Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+PDIFF_INLINE Mask not_less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
+PDIFF_INLINE Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.bits, b.v, a.v)}; }
+
+// Reductions.
+PDIFF_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+PDIFF_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+PDIFF_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+
+PDIFF_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
+  return {_mm512_maskz_scalef_ps(m.bits, a.v, n.v)};
+}
+
+}  // namespace
+}  // namespace pdiff::cpu::PDIFF_ISA
+
+#include "cpu/vec/math.h"

@@ -1,0 +1,239 @@
+#pragma once
+
+// The vector layer: one interface, one implementation per instruction set, chosen by the include.
+//
+//   csrc/cpu/generic/unmask.cpp    #include "cpu/vec/generic.h"    // fixes Vec and PDIFF_ISA
+//                                  #include "cpu/kernels/unmask.h" // the body, written once
+//   csrc/cpu/avx512/unmask.cpp     the same with "cpu/vec/avx512.h"; a folder of a further level
+//                                  (amx) defines PDIFF_ISA itself before including it.
+//
+// A body lives in `namespace pdiff::cpu::PDIFF_ISA { namespace {` and uses no STL template, so the
+// object exports its entry points and nothing else. Every function here is forced inline.
+//
+// Vec     kLanes floats              Mask  one truth value per lane        VecInt  kLanes int32
+// *_first the first n lanes, n clamped to 0..kLanes; other lanes are `fill`, their memory untouched
+// min max the second operand where either is NaN: put the operand whose NaN must survive second
+// compare false where either is NaN; not_less is the negation of <
+// store_compressed  the chosen lanes in order; returns their count, may write kLanes elements
+//
+// This file is the portable yardstick: plain loops that compilers unroll and vectorise.
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/macros.h"
+#include "pdiff/dtype.h"
+
+#ifndef PDIFF_ISA
+#define PDIFF_ISA generic
+#endif
+
+namespace pdiff::cpu::PDIFF_ISA {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  float lane[kLanes];
+};
+
+struct Mask {
+  int32_t lane[Vec::kLanes];  // 0 or -1
+};
+
+struct VecInt {
+  int32_t lane[Vec::kLanes];
+};
+
+// Result{f(0), f(1), ...}
+template <typename Result, typename F>
+PDIFF_INLINE Result each_lane(F f) {
+  Result r;
+  for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = f(i);
+  return r;
+}
+
+PDIFF_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+PDIFF_INLINE float float_from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+PDIFF_INLINE float widen(bfloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
+// Round to nearest, ties to even; a NaN stays a NaN.
+PDIFF_INLINE bfloat16 narrow(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  return {static_cast<uint16_t>(rounded >> 16)};
+}
+
+// Masks.
+PDIFF_INLINE Mask first_lanes(int n) {
+  return each_lane<Mask>([=](int i) { return -(i < n); });
+}
+PDIFF_INLINE Mask operator&(Mask a, Mask b) {
+  return each_lane<Mask>([=](int i) { return a.lane[i] & b.lane[i]; });
+}
+PDIFF_INLINE Mask operator|(Mask a, Mask b) {
+  return each_lane<Mask>([=](int i) { return a.lane[i] | b.lane[i]; });
+}
+PDIFF_INLINE Mask operator~(Mask a) {
+  return each_lane<Mask>([=](int i) { return ~a.lane[i]; });
+}
+PDIFF_INLINE int count(Mask m) {
+  int n = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) n -= m.lane[i];
+  return n;
+}
+PDIFF_INLINE bool any(Mask m) { return count(m) != 0; }
+PDIFF_INLINE bool all(Mask m) { return count(m) == Vec::kLanes; }
+PDIFF_INLINE int first_set(Mask m) {
+  int i = 0;
+  while (m.lane[i] == 0) ++i;
+  return i;
+}
+
+// Constants.
+PDIFF_INLINE Vec broadcast(float x) {
+  return each_lane<Vec>([=](int) { return x; });
+}
+PDIFF_INLINE Vec zero() { return broadcast(0.0f); }
+PDIFF_INLINE VecInt broadcast_int(int32_t x) {
+  return each_lane<VecInt>([=](int) { return x; });
+}
+PDIFF_INLINE VecInt iota() {
+  return each_lane<VecInt>([](int i) { return i; });
+}
+
+// Memory.
+PDIFF_INLINE Vec load(const float* p) {
+  return each_lane<Vec>([=](int i) { return p[i]; });
+}
+PDIFF_INLINE Vec load_first(const float* p, int n, float fill = 0.0f) {
+  return each_lane<Vec>([=](int i) { return i < n ? p[i] : fill; });
+}
+PDIFF_INLINE void store_first(float* p, Vec a, int n) {
+  for (int i = 0; i < Vec::kLanes && i < n; ++i) p[i] = a.lane[i];
+}
+PDIFF_INLINE void store(float* p, Vec a) { store_first(p, a, Vec::kLanes); }
+
+PDIFF_INLINE Vec load(const bfloat16* p) {
+  return each_lane<Vec>([=](int i) { return widen(p[i]); });
+}
+PDIFF_INLINE Vec load_first(const bfloat16* p, int n, float fill = 0.0f) {
+  return each_lane<Vec>([=](int i) { return i < n ? widen(p[i]) : fill; });
+}
+PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
+  for (int i = 0; i < Vec::kLanes && i < n; ++i) p[i] = narrow(a.lane[i]);
+}
+PDIFF_INLINE void store(bfloat16* p, Vec a) { store_first(p, a, Vec::kLanes); }
+
+PDIFF_INLINE VecInt load(const int32_t* p) {
+  return each_lane<VecInt>([=](int i) { return p[i]; });
+}
+PDIFF_INLINE int store_compressed(float* p, Mask m, Vec a) {
+  int n = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    p[n] = a.lane[i];  // without a branch; the next chosen lane overwrites one that is not
+    n -= m.lane[i];
+  }
+  return n;
+}
+PDIFF_INLINE int store_compressed(int32_t* p, Mask m, VecInt a) {
+  int n = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    p[n] = a.lane[i];
+    n -= m.lane[i];
+  }
+  return n;
+}
+
+// Arithmetic.
+PDIFF_INLINE Vec operator+(Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return a.lane[i] + b.lane[i]; });
+}
+PDIFF_INLINE Vec operator-(Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return a.lane[i] - b.lane[i]; });
+}
+PDIFF_INLINE Vec operator*(Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return a.lane[i] * b.lane[i]; });
+}
+PDIFF_INLINE Vec operator/(Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return a.lane[i] / b.lane[i]; });
+}
+// a * b + c and c - a * b; rounded twice here, once where the hardware fuses.
+PDIFF_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+PDIFF_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+PDIFF_INLINE Vec min(Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+PDIFF_INLINE Vec max(Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+PDIFF_INLINE VecInt operator+(VecInt a, VecInt b) {
+  return each_lane<VecInt>([=](int i) { return a.lane[i] + b.lane[i]; });
+}
+
+// Comparisons.
+PDIFF_INLINE Mask operator<(Vec a, Vec b) {
+  return each_lane<Mask>([=](int i) { return -(a.lane[i] < b.lane[i]); });
+}
+PDIFF_INLINE Mask operator>=(Vec a, Vec b) {
+  return each_lane<Mask>([=](int i) { return -(a.lane[i] >= b.lane[i]); });
+}
+PDIFF_INLINE Mask operator==(Vec a, Vec b) {
+  return each_lane<Mask>([=](int i) { return -(a.lane[i] == b.lane[i]); });
+}
+PDIFF_INLINE Mask not_less(Vec a, Vec b) {
+  return each_lane<Mask>([=](int i) { return -!(a.lane[i] < b.lane[i]); });
+}
+PDIFF_INLINE Mask is_nan(Vec a) {
+  return each_lane<Mask>([=](int i) { return -(a.lane[i] != a.lane[i]); });
+}
+PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) {
+  return each_lane<Vec>([=](int i) { return m.lane[i] != 0 ? a.lane[i] : b.lane[i]; });
+}
+
+// Reductions, halving the width each time as hardware does.
+template <typename F>
+PDIFF_INLINE float reduce(Vec a, F f) {
+  for (int width = Vec::kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) a.lane[i] = f(a.lane[i], a.lane[i + width]);
+  }
+  return a.lane[0];
+}
+PDIFF_INLINE float reduce_add(Vec a) {
+  return reduce(a, [](float x, float y) { return x + y; });
+}
+PDIFF_INLINE float reduce_max(Vec a) {
+  return reduce(a, [](float x, float y) { return x > y ? x : y; });
+}
+PDIFF_INLINE float reduce_min(Vec a) {
+  return reduce(a, [](float x, float y) { return x < y ? x : y; });
+}
+
+// To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves no bit for a
+// fraction.
+PDIFF_INLINE Vec round(Vec a) {
+  const Vec magic = broadcast(12582912.0f);
+  return (a + magic) - magic;
+}
+// a * 2^n in the lanes of `m`, 0 in the others; n integral. In two factors, each representable.
+PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
+  return each_lane<Vec>([=](int i) {
+    const int32_t power =
+        m.lane[i] != 0 && n.lane[i] < 252.0f ? static_cast<int32_t>(n.lane[i]) : 252;
+    const int32_t half = power >> 1;
+    const float low = float_from_bits(static_cast<uint32_t>(half + 127) << 23);
+    const float high = float_from_bits(static_cast<uint32_t>(power - half + 127) << 23);
+    return m.lane[i] != 0 ? a.lane[i] * low * high : 0.0f;
+  });
+}
+
+}  // namespace
+}  // namespace pdiff::cpu::PDIFF_ISA
+
+#include "cpu/vec/math.h"
