@@ -31,7 +31,7 @@ class CudaDevice:
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions, build flags, devices; ``unavailable`` maps a missing impl or extra to the reason."""
+    """Versions, build flags, devices; ``unavailable`` gives the reason of each missing one."""
 
     version: str
     python: str
