@@ -68,7 +68,8 @@ LANGUAGE_NAMES = {
     "Swati": "Swazi",
     "Tuvalu": "Tuvaluan",
 }
-# Where the table lists regional, former or too many languages; empty drops the fact.
+# Where CLDR lists regional, former or too many languages: after the Factbook; empty drops the
+# fact.
 LANGUAGES: dict[str, tuple[str, ...]] = {
     "Afghanistan": ("Dari", "Pashto"),
     "Algeria": ("Arabic", "Tamazight"),
