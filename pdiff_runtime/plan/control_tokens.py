@@ -1,0 +1,165 @@
+"""The ids of the tags with which a model writes its plan, and of the digits that give lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+PUBLISHED_NAMES: Mapping[str, str] = {
+    "topic_start": "<promise>-<topic>",
+    "topic_end": "</topic>",
+    "async_start": "<async>",
+    "async_end": "</async>",
+    "sync": "<sync/>",
+    "mask": "<|mask|>",
+    "pad": "[PAD]",
+    "eos": "<|im_end|>",
+}
+"""How the published models spell the tags."""
+
+# Merging tokenizers merge pairs, or up to three digits, or only at the start of a word.
+_DIGIT_PROBES = ("12", "99", "10", "2024", "a 12", "a12")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlTokens:
+    """Control token ids of one vocabulary.
+
+    Attributes:
+        topic_start, topic_end: Tags around a topic of the plan.
+        async_start, async_end: Tags around a span.
+        sync: From here on all spans before it are visible.
+        mask: A token still unknown.
+        pad: Filler that training puts at the end of spans.
+        eos: End of the reply.
+        digits: Ids of the single-digit tokens 0 to 9, in that order.
+
+    Raises:
+        ValueError: An id is no int or negative, two are equal, or there are not ten digits.
+    """
+
+    topic_start: int
+    topic_end: int
+    async_start: int
+    async_end: int
+    sync: int
+    mask: int
+    pad: int
+    eos: int
+    digits: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digits", tuple(self.digits))
+        if len(self.digits) != 10:
+            raise ValueError(f"digits: expected 10 ids, got {len(self.digits)}")
+        named = {name: getattr(self, name) for name in PUBLISHED_NAMES}
+        named |= {f"digits[{digit}]": token_id for digit, token_id in enumerate(self.digits)}
+        owner: dict[int, str] = {}
+        for name, token_id in named.items():
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+                raise ValueError(f"{name}: expected an int >= 0, got {token_id!r}")
+            if token_id in owner:
+                raise ValueError(
+                    f"{name}: expected an id of its own, got {token_id} like {owner[token_id]}"
+                )
+            owner[token_id] = name
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The eight tag ids, without the digits: what a prompt must not contain."""
+        return frozenset(getattr(self, name) for name in PUBLISHED_NAMES)
+
+    @property
+    def banned_in_span(self) -> tuple[int, ...]:
+        """What a denoised token must not be: every tag but pad, which training puts into spans."""
+        return tuple(sorted(self.control_ids - {self.pad}))
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, *, names: Mapping[str, str] | None = None) -> Self:
+        """Look the ids up in a tokenizer.
+
+        Args:
+            tokenizer: A ``tokenizers.Tokenizer``, a Hugging Face tokenizer, or any object with
+                ``token_to_id(str) -> int | None`` and ``encode(str) -> ids``.
+            names: Tag spellings that differ from :data:`PUBLISHED_NAMES`, by field name.
+
+        Raises:
+            ValueError: An unknown field in ``names``; tags that the vocabulary lacks or splits (all
+                of them in one message); a tokenizer that does not encode digits one by one.
+        """
+        if unknown := set(names or ()) - set(PUBLISHED_NAMES):
+            raise ValueError(
+                f"names: expected fields among {sorted(PUBLISHED_NAMES)}, got {sorted(unknown)}"
+            )
+        spelling = {**PUBLISHED_NAMES, **(names or {})}
+        token_to_id, encode = _token_to_id(tokenizer), _encode(tokenizer)
+        title = _title(tokenizer)
+
+        ids: dict[str, int] = {}
+        problems = []
+        for field, name in spelling.items():
+            token_id = token_to_id(name)
+            if token_id is None:
+                problems.append(f"{field} {name!r} is missing")
+            elif (pieces := encode(name)) != [token_id]:
+                problems.append(f"{field} {name!r} splits into {len(pieces)} tokens {pieces}")
+            else:
+                ids[field] = token_id
+        if problems:
+            raise ValueError(
+                f"{title}: expected every control tag to be one token, got: {'; '.join(problems)}"
+            )
+        return cls(**ids, digits=_digit_ids(encode, title))
+
+
+def _digit_ids(encode: Callable[[str], list[int]], title: str) -> tuple[int, ...]:
+    pieces = [encode(str(digit)) for digit in range(10)]
+    for digit, ids in enumerate(pieces):
+        if len(ids) != 1:
+            raise ValueError(f"{title}: expected digit '{digit}' to be one token, got {ids}")
+    digits = tuple(ids[0] for ids in pieces)
+    for probe in _DIGIT_PROBES:
+        expected = [digits[int(char)] for char in probe if char.isdigit()]
+        got = encode(probe)
+        if got[-len(expected) :] != expected:
+            raise ValueError(
+                f"{title}: expected digits to be encoded one by one, got {got} for {probe!r}, "
+                f"not ending in {expected}: this tokenizer merges digits"
+            )
+    return digits
+
+
+def _token_to_id(tokenizer: Any) -> Callable[[str], int | None]:
+    if hasattr(tokenizer, "token_to_id"):
+        return tokenizer.token_to_id
+
+    def convert(token: str) -> int | None:
+        # Hugging Face answers with the unknown token's id, or None.
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        is_unknown = token_id == getattr(tokenizer, "unk_token_id", None)
+        return None if is_unknown and token != getattr(tokenizer, "unk_token", None) else token_id
+
+    if hasattr(tokenizer, "convert_tokens_to_ids"):
+        return convert
+    raise ValueError(
+        "tokenizer: expected token_to_id or convert_tokens_to_ids, got "
+        f"{type(tokenizer).__name__} with neither"
+    )
+
+
+def _encode(tokenizer: Any) -> Callable[[str], list[int]]:
+    def encode(text: str) -> list[int]:
+        try:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:  # an encode that takes the text alone
+            encoding = tokenizer.encode(text)
+        ids: Sequence[int] = getattr(encoding, "ids", encoding)
+        return list(ids)
+
+    return encode
+
+
+def _title(tokenizer: Any) -> str:
+    name = getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__
+    return f"tokenizer {name}"
