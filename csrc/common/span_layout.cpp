@@ -109,7 +109,8 @@ KeyMajorLayout key_major_of_sequence(const SpanLayout& layout) {
   for (size_t s = segments.size(); s-- > 0;) {
     opened_at[s] = next;
     const int32_t first = layout.interval_ptr[s];
-    const bool sees_all = layout.interval_ptr[s + 1] == first + 1 && layout.intervals[first].lo == 0;
+    const bool sees_all =
+        layout.interval_ptr[s + 1] == first + 1 && layout.intervals[first].lo == 0;
     if (segments[s].kind == kCausal && sees_all) next = segments[s].q_lo;
   }
 

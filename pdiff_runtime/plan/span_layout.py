@@ -184,7 +184,5 @@ def _as_int64(
     if array.size == 0 and not isinstance(token_ids, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no dtype of its own
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"token_ids: expected integers [n], got {array.dtype} {list(array.shape)}"
-        )
+        raise ValueError(f"token_ids: expected integers [n], got {array.dtype} {list(array.shape)}")
     return np.ascontiguousarray(array, dtype=np.int64)

@@ -29,10 +29,10 @@ struct KeyInterval {
 struct SpanLayout {
   int32_t num_rows = 0;
   int32_t num_keys = 0;
-  std::vector<Segment> segments;          // [num_segments]
-  std::vector<int32_t> interval_ptr{0};   // [num_segments + 1]
-  std::vector<KeyInterval> intervals;     // [interval_ptr.back()]
-  bool is_token_sequence = false;         // from layout_from_tokens: the twin needs one pass
+  std::vector<Segment> segments;         // [num_segments]
+  std::vector<int32_t> interval_ptr{0};  // [num_segments + 1]
+  std::vector<KeyInterval> intervals;    // [interval_ptr.back()]
+  bool is_token_sequence = false;        // from layout_from_tokens: the twin needs one pass
 
   int32_t num_segments() const { return static_cast<int32_t>(segments.size()); }
 };
