@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pdiff_runtime import _C
+from pdiff_runtime.ops import structures
 from pdiff_runtime.plan.control_tokens import ControlTokens
 
 Int32Array = npt.NDArray[np.int32]
@@ -30,7 +30,7 @@ class SpanLayout:
     less to the row above it, and so on. Nothing here is quadratic but :meth:`dense_mask`.
     """
 
-    def __init__(self, handle: _C.SpanLayout) -> None:
+    def __init__(self, handle: structures.SpanLayout) -> None:
         self.handle = handle
         """The compiled layout that ``ops.AttentionPlan`` packs."""
 
@@ -56,7 +56,7 @@ class SpanLayout:
             ValueError: A span inside a span, or ids of another shape, dtype or device.
         """
         return cls(
-            _C.SpanLayout.from_tokens(
+            structures.SpanLayout.from_tokens(
                 _as_int64(token_ids), tags.async_start, tags.async_end, tags.sync, isolate_spans
             )
         )
@@ -87,7 +87,7 @@ class SpanLayout:
             ptr.append(ptr[-1] + len(intervals))
             for lo, hi in intervals:
                 bounds += (lo, hi)
-        return cls(_C.SpanLayout.from_segments(num_keys, rows, kinds, ptr, bounds))
+        return cls(structures.SpanLayout.from_segments(num_keys, rows, kinds, ptr, bounds))
 
     @classmethod
     def from_spans(
@@ -142,7 +142,7 @@ class SpanLayout:
         return self.handle.intervals
 
     @functools.cached_property
-    def key_major(self) -> _C.KeyMajorLayout:
+    def key_major(self) -> structures.KeyMajorLayout:
         """The same by keys, built when first asked for.
 
         ``.segments`` ``[num_key_segments, 2]`` ``{k_lo, k_hi}``, ``.range_ptr``
