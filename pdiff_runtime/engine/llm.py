@@ -1,0 +1,194 @@
+"""The front door: a model, its tokenizer and an engine, and `generate` over a list of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pdiff_runtime.engine.engine import Engine
+from pdiff_runtime.engine.output import Event, Finished, RequestOutput
+from pdiff_runtime.engine.params import EngineConfig, GenerationParams, UserRound
+from pdiff_runtime.models import Decoder, Tokenizer, load_model, resolve_checkpoint
+from pdiff_runtime.plan import ControlTokens
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+"""A user's text, a conversation (``[{"role": ..., "content": ...}]``), or token ids."""
+
+
+class LLM:
+    """A planned-diffusion model ready to answer.
+
+    Args:
+        model_or_path: A decoder, a checkpoint folder or hub id; None for the bundled model.
+        tags: Control tokens; None takes them from the tokenizer by name.
+        tokenizer: None reads it from the checkpoint. Prompts given as token ids need none.
+        config: Sizes of the engine.
+        dtype: Of weights and computation when a checkpoint is loaded.
+
+    Raises:
+        ValueError: No such checkpoint, a damaged one, or a tokenizer without the control tags.
+    """
+
+    def __init__(
+        self,
+        model_or_path: Decoder | str | Path | None = None,
+        *,
+        tags: ControlTokens | None = None,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if isinstance(model_or_path, Decoder):
+            self.model = model_or_path
+        else:
+            folder = resolve_checkpoint(model_or_path)
+            self.model = load_model(folder, dtype=dtype)
+            if tokenizer is None and (folder / "tokenizer.json").is_file():
+                tokenizer = Tokenizer.from_dir(folder)
+        self.tokenizer = tokenizer
+        if tags is None:
+            if tokenizer is None:
+                raise ValueError("tags: expected control tokens where there is no tokenizer")
+            tags = ControlTokens.from_tokenizer(tokenizer, names=tokenizer.tag_names or None)
+        self.tags = tags
+        self.engine = Engine(
+            self.model, tags, config or EngineConfig(), self._decode, self._banned_ids()
+        )
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: GenerationParams | Sequence[GenerationParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts together; the answers keep their order.
+
+        Args:
+            prompts: One prompt, or a list of them.
+            params: For all, or one each; None for the defaults.
+
+        Raises:
+            ValueError: A bad prompt or parameter; nothing was run.
+        """
+        is_one = isinstance(prompts, str) or _is_ids(prompts) or _is_conversation(prompts)
+        batch: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item,assignment]
+        if params is None or isinstance(params, GenerationParams):
+            params = [params or GenerationParams()] * len(batch)
+        if len(params) != len(batch):
+            raise ValueError(f"params: expected {len(batch)}, one per prompt, got {len(params)}")
+        encoded = [self.encode(prompt) for prompt in batch]
+        plans = [self.encode_plan(each.plan) for each in params]
+        ids: list[str] = []
+        try:
+            for prompt_ids, each, plan in zip(encoded, params, plans, strict=True):
+                ids.append(self._next_id())
+                self.engine.add(ids[-1], prompt_ids, each, plan)
+        except ValueError:
+            self.engine.drop_waiting(ids)
+            raise
+        outputs: dict[str, RequestOutput] = {}
+        while self.engine.has_work:
+            for event in self.engine.step():
+                if isinstance(event, Finished):
+                    outputs[event.request_id] = event.output
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: GenerationParams | None = None) -> Iterator[Event]:
+        """Answer one prompt and say what happens on the way.
+
+        Raises:
+            ValueError: A bad prompt or parameter.
+        """
+        params = params or GenerationParams()
+        self.engine.add(self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan))
+        while self.engine.has_work:
+            yield from self.engine.step()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ValueError: An empty prompt, a control tag in it, or text without a tokenizer.
+        """
+        if _is_ids(prompt):
+            return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            raise ValueError("prompt: expected token ids where there is no tokenizer, got text")
+        return self.tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
+
+    def encode_plan(self, plan: Sequence[UserRound] | None) -> list[list[int]]:
+        """Token ids of each round of a user's plan, sync or eos included.
+
+        Raises:
+            ValueError: A round that is neither token ids nor topics with lengths.
+        """
+        if plan is None:
+            return []
+        closings = [self.tags.sync] * (len(plan) - 1) + [self.tags.eos]
+        return [self._encode_round(*each) for each in zip(plan, closings, strict=True)]
+
+    def _encode_round(self, plan_round: UserRound, closing: int) -> list[int]:
+        if _is_ids(plan_round):
+            token_ids = [int(token_id) for token_id in plan_round]  # type: ignore[arg-type]
+            if token_ids[-1] not in (self.tags.sync, self.tags.eos):
+                raise ValueError("plan: token ids of a round must end in sync or eos")
+            return token_ids
+        token_ids = []
+        unit = self.model.config.length_unit
+        for entry in plan_round:
+            if not (isinstance(entry, tuple | list) and len(entry) == 2):
+                raise ValueError(f"plan: expected (topic, length), got {entry!r}")
+            topic, length = entry
+            if not isinstance(length, int) or not 1 <= length <= 99 * unit or length % unit:
+                raise ValueError(
+                    f"plan: expected a length in tokens, a multiple of {unit} up to {99 * unit}, "
+                    f"got {length!r}"
+                )
+            if isinstance(topic, str):
+                if self.tokenizer is None:
+                    raise ValueError("plan: topics must be token ids where there is no tokenizer")
+                topic = self.tokenizer.encode_text(topic)
+            if len(topic) == 0:
+                raise ValueError("plan: a topic needs words")
+            number = [self.tags.digits[int(digit)] for digit in str(length // unit)]
+            token_ids += [self.tags.topic_start, *topic, *number, self.tags.topic_end]
+        return [*token_ids, closing]
+
+    def _next_id(self) -> str:
+        self._num_requests += 1
+        return f"request-{self._num_requests}"
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
+
+    def _banned_ids(self) -> list[int]:
+        """Special tokens that are no control tokens, and embedding rows without a token."""
+        if self.tokenizer is None:
+            return []
+        tags = self.tags
+        used = {tags.topic_start, tags.topic_end, tags.async_start, tags.async_end, tags.sync,
+                tags.mask, tags.pad, tags.eos}  # fmt: skip
+        vocab_size = self.model.config.vocab_size
+        beyond = range(self.tokenizer.vocab_size, vocab_size)
+        special = [i for i in self.tokenizer.special_ids if i < vocab_size]
+        return sorted({*special, *beyond} - used)
+
+
+def _is_ids(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    )
+
+
+def _is_conversation(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(item, Mapping) for item in value)
+    )

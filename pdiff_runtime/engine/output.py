@@ -1,0 +1,103 @@
+"""What a caller gets back: events while a request runs, and its whole answer at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "invalid_plan", "error"]
+
+
+@dataclasses.dataclass
+class Round:
+    """One plan and the spans it announced.
+
+    Attributes:
+        topics: The words of each topic.
+        lengths: Content tokens of each span, in the order of the topics.
+        spans: The text of each span, pads removed.
+        num_steps: Denoising steps that ran.
+        history: Per step, the ``(position, token_id)`` pairs it wrote, positions counted from the
+            start of the prompt; empty unless ``record_steps``.
+    """
+
+    topics: list[str]
+    lengths: list[int]
+    spans: list[str] = dataclasses.field(default_factory=list)
+    num_steps: int = 0
+    history: list[list[tuple[int, int]]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Usage:
+    """What a request cost.
+
+    Attributes:
+        prompt_tokens, plan_tokens, span_tokens, pad_tokens: Tokens by kind; plan tokens are all
+            tokens written one by one, span tokens include tags and pads.
+        num_forwards: Forward passes the request took part in: its critical path.
+        seconds: From admission to the end.
+    """
+
+    prompt_tokens: int = 0
+    plan_tokens: int = 0
+    span_tokens: int = 0
+    pad_tokens: int = 0
+    num_forwards: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """A whole answer.
+
+    Attributes:
+        token_ids: Everything after the prompt but eos.
+        text: The visible text in reading order: no tags, no plan, no pads.
+        rounds: Plan and spans of every round; empty for a plain reply.
+        finish_reason: "stop", "length" (``max_tokens`` cut something), "invalid_plan" (only without
+            the grammar), or "error".
+        error: What went wrong, for "error" and "invalid_plan".
+    """
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    rounds: list[Round]
+    finish_reason: FinishReason
+    usage: Usage
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanReady:
+    """A round's plan is complete and its spans are laid out.
+
+    ``bounds`` are the content positions ``[lo, hi)`` of each span, counted from the prompt's start.
+    """
+
+    request_id: str
+    round_idx: int
+    topics: list[str]
+    bounds: list[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanUpdate:
+    """A denoising step wrote ``token_ids`` at ``positions``, both in the same order."""
+
+    request_id: str
+    step_idx: int
+    positions: list[int]
+    token_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The request is over."""
+
+    request_id: str
+    output: RequestOutput
+
+
+Event = PlanReady | SpanUpdate | Finished

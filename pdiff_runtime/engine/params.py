@@ -1,0 +1,142 @@
+"""What a caller can set: for the engine as a whole, and for one request."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from pdiff_runtime.denoise import RULES
+
+Mode = Literal["planned", "ar", "diffusion"]
+UserRound = Sequence[int] | Sequence[tuple[str | Sequence[int], int]]
+"""One round of a user's plan: the token ids of its text, ending in sync or eos, or a list of
+``(topic, length)`` with the topic's words (or their token ids) and the span's length in tokens."""
+
+MAX_TOKENS_LIMIT = 1 << 20
+MAX_SEED = (1 << 63) - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+        max_requests: Requests that run at the same time; the others wait.
+        page_size: Tokens of a KV page.
+        kv_cache_tokens: Room of the KV cache in tokens; a request is admitted when its longest
+            possible course fits beside those of the running ones.
+        max_logits_rows: Logits rows that are computed at once, which bounds their memory.
+        max_topics: Topics a round may have.
+        max_topic_tokens: Tokens a topic may have, its number included.
+    """
+
+    max_requests: int = 64
+    page_size: int = 64
+    kv_cache_tokens: int = 65_536
+    max_logits_rows: int = 2048
+    max_topics: int = 64
+    max_topic_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field.name}: expected an integer >= 1, got {value!r}")
+        if self.max_topic_tokens < 2:
+            raise ValueError("max_topic_tokens: expected >= 2 (a word and a number), got 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationParams:
+    """How one request is answered.
+
+    Attributes:
+        mode: "planned": a plan, then its spans at once; "ar": token by token, no control tags;
+            "diffusion": one span over the whole answer, ``max_tokens`` long with its two tags.
+        max_tokens: Tokens after the prompt: plan, tags, spans with their pads, sync.
+        temperature: 0 (the default) takes the most likely token.
+        top_p, top_k: Filters before sampling; 1.0 and 0 (or None) are off.
+        seed: Of the random numbers; None draws one.
+        unmask: The rule that orders positions, see :data:`pdiff_runtime.denoise.RULES`.
+        steps_ratio: Steps of a round per token of its longest span.
+        threshold: Probability from which "confidence_threshold" writes a position.
+        alg_temp: Temperature of the order of positions; 0 takes the most certain first.
+        length_scale: Tokens per unit of a topic's number; None: the model's own unit.
+        isolate_spans: Whether spans of a round are hidden from one another.
+        kv_commit: "clean" (the default) recomputes a finished span's keys and values from its final
+            tokens before anything reads them; "published" keeps those of its last denoising step.
+        plan: A plan of the user's own, one entry per round; the model then only denoises.
+        use_grammar: Whether plan tokens are limited to what the plan grammar allows. Without it the
+            model may write a malformed plan, which ends the answer with ``"invalid_plan"``.
+        record_steps: Keep each step's writes in ``Round.history``.
+    """
+
+    mode: Mode = "planned"
+    max_tokens: int = 256
+    temperature: float | None = None
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    unmask: str = "entropy"
+    steps_ratio: float = 1.0
+    threshold: float | None = None
+    alg_temp: float = 0.0
+    length_scale: float | None = None
+    isolate_spans: bool = True
+    kv_commit: Literal["clean", "published"] | None = None
+    plan: Sequence[UserRound] | None = None
+    use_grammar: bool = True
+    record_steps: bool = False
+
+    def __post_init__(self) -> None:
+        _expect(self.mode in ("planned", "ar", "diffusion"), "mode",
+                "'planned', 'ar' or 'diffusion'", self.mode)  # fmt: skip
+        _expect_int("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
+        if self.temperature is not None:
+            _expect_number("temperature", self.temperature, 0.0, 1e4)
+        _expect_number("top_p", self.top_p, 0.0, 1.0, low_is_open=True)
+        if self.top_k is not None:
+            _expect_int("top_k", self.top_k, 0, 1 << 31)
+        if self.seed is not None:
+            _expect_int("seed", self.seed, 0, MAX_SEED)
+        _expect(self.unmask in RULES, "unmask", f"one of {sorted(RULES)}", self.unmask)
+        _expect_number("steps_ratio", self.steps_ratio, 0.0, 1e3, low_is_open=True)
+        if RULES[self.unmask].needs_threshold and self.threshold is None:
+            raise ValueError(f"threshold: {self.unmask!r} needs one, got None")
+        if self.threshold is not None:
+            _expect_number("threshold", self.threshold, 0.0, 1.0)
+        _expect_number("alg_temp", self.alg_temp, 0.0, 1e4)
+        if self.length_scale is not None:
+            _expect_number("length_scale", self.length_scale, 0.0, 1e4, low_is_open=True)
+        _expect(self.kv_commit in (None, "clean", "published"), "kv_commit",
+                "None, 'clean' or 'published'", self.kv_commit)  # fmt: skip
+        if self.plan is not None:
+            _expect(self.mode == "planned", "plan", "mode='planned' with it", self.mode)
+            _expect(len(self.plan) > 0, "plan", "at least one round", self.plan)
+
+    def resolve_seed(self) -> int:
+        """The seed, drawn now if none was given."""
+        return self.seed if self.seed is not None else int(torch.randint(MAX_SEED, ()))
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _expect_int(name: str, value: object, low: int, high: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    _expect(is_int and low <= value <= high, name, f"an integer from {low} to {high}", value)  # type: ignore[operator]
+
+
+def _expect_number(
+    name: str, value: object, low: float, high: float, *, low_is_open: bool = False
+) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = is_number and math.isfinite(value) and low <= value <= high  # type: ignore[operator, arg-type]
+    fits = fits and not (low_is_open and value == low)
+    _expect(fits, name, f"a number {'above' if low_is_open else 'from'} {low} to {high}", value)

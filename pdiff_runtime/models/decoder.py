@@ -1,0 +1,156 @@
+"""One decoder for the Qwen2, Dream and Llama shapes, over a ragged batch of token rows.
+
+The decoder knows nothing of requests, pages or documents: a batch is a flat list of token rows, and
+`attend` mixes them. Training passes :class:`PackedAttention`, the engine its paged counterpart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdiff_runtime.models.config import ModelConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``attend(layer_idx, q, k, v) -> out``: q, out ``[rows, num_heads_q, head_dim]``; k, v
+``[rows, num_heads_kv, head_dim]``, before rotary. It applies the rotary embedding itself."""
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` with the mean square in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` -> the same shape and dtype."""
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = (n * config.head_dim for n in (config.num_heads_q, config.num_heads_kv))
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(attend(self.layer_idx, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
+        x = x + self.self_attn(self.input_layernorm(x), attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers, final norm; named as in Hugging Face checkpoints (``model.*``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """The whole model; its parameter names are those of a Hugging Face checkpoint."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderStack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_rope()
+
+    def reset_rope(self, device: torch.device | str | None = None) -> None:
+        """Compute the rotary tables, which checkpoints do not hold."""
+        cos, sin = rope_table(self.config)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def forward(self, token_ids: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            token_ids: ``[rows]`` int64.
+            attend: Mixes the rows, layer by layer; see :data:`Attend`.
+
+        Returns:
+            ``[rows, hidden_size]`` in the weights' dtype (or autocast's).
+        """
+        x = self.model.embed_tokens(token_ids)
+        for layer in self.model.layers:
+            x = layer(x, attend)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` -> ``[rows, vocab_size]``; row p predicts position p + 1."""
+        return self.lm_head(hidden)
+
+
+def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, each ``[max_position, head_dim / 2]`` fp32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    angle = torch.arange(config.max_position, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def init_weights(model: Decoder, seed: int) -> None:
+    """Normal(0, 0.02) weights, residual projections scaled by 1 / sqrt(2 * num_layers)."""
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = 0.02 / (2 * model.config.num_layers) ** 0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()

@@ -1,0 +1,37 @@
+"""The text a reader sees: no plan, no tags, no pads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pdiff_runtime.plan.control_tokens import ControlTokens
+
+
+def visible_parts(token_ids: Sequence[int], tags: ControlTokens) -> list[list[int]]:
+    """Visible token ids in reading order, cut at tags; no part is empty.
+
+    A topic hides its words; spans and the text around them stay apart from one another.
+    """
+    parts: list[list[int]] = [[]]
+    inside_topic = False
+    cuts = (tags.async_start, tags.async_end, tags.sync, tags.topic_start, tags.topic_end)
+    hidden = (tags.pad, tags.mask, tags.eos)
+    for token_id in token_ids:
+        if token_id in cuts:
+            inside_topic = token_id == tags.topic_start
+            parts.append([])
+        elif not inside_topic and token_id not in hidden:
+            parts[-1].append(token_id)
+    return [part for part in parts if part]
+
+
+def visible_text(
+    token_ids: Sequence[int], tags: ControlTokens, decode: Callable[[Sequence[int]], str]
+) -> str:
+    """The visible parts as one text, a space between two that have none of their own."""
+    text = ""
+    for part in visible_parts(token_ids, tags):
+        piece = decode(part)
+        needs_space = text and piece and not text[-1].isspace() and not piece[0].isspace()
+        text += " " + piece if needs_space else piece
+    return text

@@ -1,0 +1,239 @@
+"""The training loop: stages of packed batches, resumable at any step to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pdiff_runtime import ops
+from pdiff_runtime.models.attention import PackedAttention
+from pdiff_runtime.models.decoder import Attend, Decoder, init_weights
+from pdiff_runtime.plan import ControlTokens
+from pdiff_runtime.train.data import (
+    DocumentEncoder,
+    PackedBatch,
+    PackedDataset,
+    TaggedDocument,
+)
+from pdiff_runtime.train.loss import KIND_SPAN, weights_from_targets
+from pdiff_runtime.train.noise import time_from_uniform
+from pdiff_runtime.train.recipe import Recipe, Stage
+from pdiff_runtime.train.targets import IGNORE
+
+Log = Callable[[dict[str, float | int | str]], None]
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: all that is needed beside weights and moments to go on."""
+
+    stage_idx: int = 0
+    step: int = 0
+    num_tokens: int = 0
+
+
+class Trainer:
+    """Trains one decoder through the stages of a recipe.
+
+    Args:
+        recipe: What to do.
+        documents: The tagged training documents.
+        encoder: Turns them into token ids.
+        out_dir: Where checkpoints and ``log.jsonl`` go; a checkpoint there is resumed.
+        log: Called with every log record.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        documents: list[TaggedDocument],
+        encoder: DocumentEncoder,
+        out_dir: Path,
+        log: Log = lambda record: None,
+    ) -> None:
+        self.recipe, self.encoder, self.out_dir, self.log = recipe, encoder, out_dir, log
+        self.tags: ControlTokens = encoder.tags
+        self.documents = documents
+        self.model = Decoder(recipe.model)
+        init_weights(self.model, recipe.seed)
+        self.progress = Progress()
+        self._new_optimizer()
+        if self.checkpoint.is_file():
+            self._load()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Weights, moments and progress."""
+        return self.out_dir / "checkpoint.safetensors"
+
+    def train(self, max_steps: int | None = None) -> None:
+        """Run to the end of the last stage, or for ``max_steps`` optimiser steps.
+
+        Raises:
+            FloatingPointError: The loss is not finite; nothing is saved over the last checkpoint.
+        """
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        steps_left = math.inf if max_steps is None else max_steps
+        started = time.perf_counter()
+        while self.progress.stage_idx < len(self.recipe.stages):
+            stage = self.recipe.stages[self.progress.stage_idx]
+            dataset = self._dataset(stage)
+            for batch in self._batches(dataset, stage):
+                if steps_left <= 0:
+                    self.save()
+                    return
+                record = self._step(batch, stage)
+                steps_left -= 1
+                if self.progress.step % self.recipe.log_every == 0:
+                    record["seconds"] = round(time.perf_counter() - started, 1)
+                    self._write_log(record)
+                if self.progress.step % self.recipe.save_every == 0:
+                    self.save()
+            self.progress = Progress(self.progress.stage_idx + 1)
+            self._new_optimizer()
+            self.save()
+
+    def _dataset(self, stage: Stage) -> PackedDataset:
+        """Every document once, in a format drawn with the stage's shares."""
+        names, shares = zip(*sorted(stage.formats.items()), strict=True)
+        rng = np.random.default_rng([self.recipe.seed, self.progress.stage_idx])
+        draws = rng.choice(len(names), len(self.documents), p=np.array(shares) / sum(shares))
+        encoded = [
+            self.encoder(document, names[draw])
+            for document, draw in zip(self.documents, draws, strict=True)
+        ]
+        return PackedDataset(encoded, self.tags)
+
+    def _batches(self, dataset: PackedDataset, stage: Stage) -> Iterator[PackedBatch]:
+        """Batches from the current step to the end of the stage."""
+        step, epoch = 0, 0
+        while True:
+            for indices in dataset.epoch(self.recipe.seed, epoch, stage.batch_tokens):
+                if self.progress.num_tokens >= stage.num_tokens:
+                    return
+                if step >= self.progress.step:
+                    yield dataset.batch(indices)
+                step += 1
+            epoch += 1
+
+    def _step(self, batch: PackedBatch, stage: Stage) -> dict[str, float | int | str]:
+        recipe, progress = self.recipe, self.progress
+        generator = torch.Generator().manual_seed(
+            (recipe.seed * 1009 + progress.stage_idx) * 10_000_019 + progress.step
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(stage, progress)
+        t = stratified_times(len(batch.layouts), generator)
+        t = torch.repeat_interleave(t, batch.cu_seqlens.diff())
+        u = torch.rand(batch.token_ids.shape, generator=generator)
+        noised = torch.where(batch.is_content & (u < t), self.tags.mask, batch.token_ids)
+        weights = weights_from_targets(batch.labels, batch.is_span, noised, self.tags.mask, t=t)
+        rows = (weights.labels != IGNORE).nonzero()[:, 0]
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
+            hidden = self.model(noised, self._attend(batch))
+            logits = self.model.logits(hidden[rows])
+        result = ops.weighted_cross_entropy(
+            logits, weights.labels[rows], weights.weight[rows], weights.kind[rows],
+            normaliser=weights.normaliser, inplace_backward=True,
+        )  # fmt: skip
+        if not torch.isfinite(result.loss):
+            raise FloatingPointError(f"loss is {result.loss.item()} at step {progress.step}")
+        result.loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        self.optimizer.step()
+        progress.step += 1
+        progress.num_tokens += len(batch.token_ids)
+        means = result.unweighted_sums / result.counts.clamp(min=1)
+        return {
+            "stage": stage.name,
+            "step": progress.step,
+            "tokens": progress.num_tokens,
+            "loss": result.loss.item(),
+            "loss_ar": means[0].item(),
+            "loss_span": means[KIND_SPAN].item(),
+            "grad_norm": grad_norm.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _attend(self, batch: PackedBatch) -> Attend:
+        config = self.recipe.model
+        plan = ops.AttentionPlan.pack(
+            batch.layouts, num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
+            head_dim=config.head_dim, device="cpu",
+        )  # fmt: skip
+        return PackedAttention(plan, self.model.cos, self.model.sin, batch.positions)
+
+    def _new_optimizer(self) -> None:
+        decayed = [p for p in self.model.parameters() if p.ndim == 2]
+        plain = [p for p in self.model.parameters() if p.ndim != 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.recipe.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            betas=self.recipe.betas,
+            fused=True,
+        )
+
+    def save(self) -> None:
+        """Write weights, moments and progress as one file, replaced whole."""
+        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        metadata = {"progress": json.dumps(dataclasses.asdict(self.progress))}
+        temporary = self.checkpoint.with_suffix(".tmp")
+        safetensors.torch.save_file(
+            {k: v.detach() for k, v in tensors.items()}, temporary, metadata
+        )
+        temporary.replace(self.checkpoint)
+
+    def _load(self) -> None:
+        with safetensors.safe_open(self.checkpoint, framework="pt") as file:
+            self.progress = Progress(**json.loads(file.metadata()["progress"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                state: dict[str, Tensor] = {
+                    key.split(".")[1]: value
+                    for key, value in tensors.items()
+                    if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+                }
+                if state:
+                    self.optimizer.state[parameter] = state
+
+    def _write_log(self, record: dict[str, float | int | str]) -> None:
+        with open(self.out_dir / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.log(record)
+
+
+def learning_rate(stage: Stage, progress: Progress) -> float:
+    """Linear warm-up in steps, then a cosine over the stage's tokens."""
+    warmup = min(1.0, (progress.step + 1) / max(1, stage.warmup_steps))
+    done = min(1.0, progress.num_tokens / stage.num_tokens)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * done))
+    span = stage.learning_rate - stage.final_learning_rate
+    return warmup * (stage.final_learning_rate + span * cosine)
+
+
+def stratified_times(num_documents: int, generator: torch.Generator) -> Tensor:
+    """Noise levels ``[num_documents]``, one from each of as many equal slices, in random order.
+
+    The weight 1 / t has a heavy tail; slices keep its mean steady from batch to batch.
+    """
+    jitter = torch.rand(num_documents, generator=generator)
+    slices = torch.randperm(num_documents, generator=generator)
+    return time_from_uniform((slices + jitter) / num_documents)
