@@ -1,0 +1,36 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdiff_runtime import ControlTokens, Decoder
+from pdiff_runtime.models import ModelConfig, init_weights
+
+TINY_TAGS = ControlTokens(
+    topic_start=50, topic_end=51, async_start=52, async_end=53, sync=54, mask=55, pad=56, eos=57,
+    digits=tuple(range(40, 50)),
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny_tags() -> ControlTokens:
+    """Control tokens of :func:`tiny_model`."""
+    return TINY_TAGS
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Decoder:
+    """A random fp32 decoder with 58 tokens and a length unit of 2."""
+    config = ModelConfig(
+        vocab_size=58, hidden_size=32, num_layers=2, num_heads_q=4, num_heads_kv=2, head_dim=16,
+        intermediate_size=48, max_position=512, length_unit=2,
+    )  # fmt: skip
+    model = Decoder(config)
+    init_weights(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8.0)  # spread logits, so that decisions have margins
+    return model.eval().requires_grad_(False)
