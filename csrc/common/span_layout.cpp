@@ -289,7 +289,7 @@ int64_t num_visible_pairs(const SpanLayout& layout) {
 }
 
 void write_dense_mask(const SpanLayout& layout, uint8_t* mask) {
-  std::memset(mask, 0, static_cast<size_t>(layout.num_rows) * layout.num_keys);
+  std::fill_n(mask, static_cast<size_t>(layout.num_rows) * layout.num_keys, uint8_t{0});
   for (size_t s = 0; s < layout.segments.size(); ++s) {
     const auto& [q_lo, q_hi, kind] = layout.segments[s];
     for (int32_t q = q_lo; q < q_hi; ++q) {
