@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("PDIFF_GOLDEN", Path(__file__).parent / "golden"))
 
 
 def load_npz(name: str) -> dict[str, np.ndarray]:
