@@ -1,0 +1,189 @@
+"""The training loop: it learns, and a resumed run equals an unbroken one to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdiff_runtime import ControlTokens
+from pdiff_runtime.models import BUNDLED_MODEL, ModelConfig, Tokenizer
+from pdiff_runtime.train.data import (
+    DocumentEncoder,
+    PackedDataset,
+    TaggedDocument,
+    read_documents,
+)
+from pdiff_runtime.train.loop import Trainer, stratified_times
+from pdiff_runtime.train.recipe import Recipe, Stage, load_recipe
+
+DOCUMENTS = [
+    TaggedDocument(
+        f"Tell me about {name}: capital, size.",
+        "<topic>capital2</topic><topic>size1</topic>"
+        f"<async>The capital is {city}.</async><async>It is {size}.</async>",
+    )
+    for name, city, size in [
+        ("Peru", "Lima", "large"),
+        ("Malta", "Valletta", "small"),
+        ("Chad", "N'Djamena", "large"),
+        ("Fiji", "Suva", "small"),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> DocumentEncoder:
+    tokenizer = Tokenizer.from_dir(BUNDLED_MODEL)
+    tags = ControlTokens.from_tokenizer(tokenizer, names=tokenizer.tag_names)
+    return DocumentEncoder(tokenizer, tags, length_unit=4)
+
+
+def recipe(**changes) -> Recipe:
+    model = ModelConfig(
+        vocab_size=2048, hidden_size=32, num_layers=2, num_heads_q=2, num_heads_kv=1, head_dim=16,
+        intermediate_size=64, tie_word_embeddings=True, length_unit=4,
+    )  # fmt: skip
+    stages = (
+        Stage(name="ar", num_tokens=700, formats={"untagged": 1.0}, batch_tokens=64),
+        Stage(
+            name="planned", num_tokens=1500, batch_tokens=96, warmup_steps=2,
+            formats={"planned": 0.5, "untagged": 0.25, "diffusion": 0.25},
+        ),
+    )  # fmt: skip
+    fields = {"name": "test", "model": model, "data": "", "tokenizer": "", "stages": stages,
+              "log_every": 1, "save_every": 1000}  # fmt: skip
+    return Recipe(**(fields | changes))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("stop_at", [3, 9, 14])
+def test_a_resumed_run_is_bit_equal(encoder, tmp_path, stop_at):
+    whole = Trainer(recipe(), DOCUMENTS, encoder, tmp_path / "whole")
+    whole.train()
+    Trainer(recipe(), DOCUMENTS, encoder, tmp_path / "parts").train(max_steps=stop_at)
+    resumed = Trainer(recipe(), DOCUMENTS, encoder, tmp_path / "parts")
+    resumed.train()
+    assert resumed.progress == whole.progress
+    expected = weights(whole)
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_it_learns(encoder, tmp_path):
+    records: list[dict] = []
+    stage = Stage(
+        name="planned", num_tokens=40_000, formats={"planned": 1.0}, batch_tokens=512,
+        learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=5,
+    )  # fmt: skip
+    Trainer(recipe(stages=(stage,)), DOCUMENTS, encoder, tmp_path, records.append).train()
+    assert records[0]["loss_ar"] > 5
+    assert records[-1]["loss_ar"] < 0.5
+    assert records[-1]["loss_span"] < 0.6 * records[0]["loss_span"]
+
+
+def test_the_log_separates_plan_and_spans(encoder, tmp_path):
+    Trainer(recipe(), DOCUMENTS, encoder, tmp_path).train(max_steps=2)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert '"loss_ar"' in lines[0]
+    assert '"loss_span"' in lines[0]
+
+
+def test_a_broken_loss_stops_and_keeps_the_checkpoint(encoder, tmp_path):
+    trainer = Trainer(recipe(), DOCUMENTS, encoder, tmp_path)
+    trainer.train(max_steps=1)
+    before = trainer.checkpoint.read_bytes()
+    with torch.no_grad():
+        trainer.model.model.norm.weight[:] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        trainer.train()
+    assert trainer.checkpoint.read_bytes() == before
+
+
+def test_every_epoch_shows_every_document_once(encoder):
+    encoded = [encoder(document) for document in DOCUMENTS * 5]
+    dataset = PackedDataset(encoded, encoder.tags)
+    for epoch in range(3):
+        batches = dataset.epoch(seed=4, epoch=epoch, batch_tokens=100)
+        assert sorted(i for batch in batches for i in batch) == list(range(20))
+    first, again = (dataset.epoch(4, 0, 100) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    batch = dataset.batch(first[0])
+    lo, hi = batch.cu_seqlens[:2].tolist()
+    assert batch.token_ids[lo:hi].tolist() == encoded[first[0][0]].token_ids
+    assert batch.positions[lo:hi].tolist() == list(range(hi - lo))
+
+
+def test_formats_show_one_answer_in_three_ways(encoder):
+    tags, tokenizer = encoder.tags, encoder.tokenizer
+    planned, untagged, diffusion = (
+        encoder(DOCUMENTS[0], form) for form in ("planned", "untagged", "diffusion")
+    )
+    answer = "The capital is Lima. It is large."
+    assert encoder.visible_text(DOCUMENTS[0]) == answer
+    text = tokenizer.decode(untagged.token_ids[untagged.prompt_len : -1])
+    assert text == answer
+    ids = planned.token_ids
+    starts = [p for p, i in enumerate(ids) if i == tags.async_start]
+    ends = [p for p, i in enumerate(ids) if i == tags.async_end]
+    assert [end - start - 1 for start, end in zip(starts, ends, strict=True)] == [8, 4]
+    assert ids[-1] == tags.eos
+    inner = diffusion.token_ids[diffusion.prompt_len + 1 : -2]
+    assert len(inner) % 4 == 0
+    assert tokenizer.decode([i for i in inner if i != tags.pad]) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<topic>capital2</topic>", "1 topics but 0 spans"),
+        ("<topic>capital</topic><async>Lima.</async>", "number"),
+        ("<topic>x1</topic><async>The capital is Lima and more.</async>", "a span of"),
+        ("<async>Lima.", "never closed"),
+    ],
+)
+def test_malformed_documents_are_named(encoder, text, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(TaggedDocument("Hello.", text))
+
+
+def test_files_are_checked_by_line(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a", "text": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:2"):
+        list(read_documents(file))
+
+
+def test_times_are_stratified():
+    t = stratified_times(100, torch.Generator().manual_seed(0))
+    assert torch.equal((t.sort().values * 100 / 0.999).floor().clamp(max=99), torch.arange(100.0))
+
+
+def test_shipped_recipes_load():
+    assert load_recipe("atlas").stages[0].name == "ar"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data = 'x'", "at least one"),
+        (
+            "[[stage]]\nname='a'\nnum_tokens=1\nformats={planned=1.0}\nspeed=2",
+            "unknown key 'speed'",
+        ),
+        ("[[stage]]\nname='a'\nnum_tokens=1\nformats={plan=1.0}", "formats must map"),
+        ("[[stage]]\nname='a'", "missing key num_tokens, formats"),
+        ("x = [", "recipe"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, text, message):
+    file = tmp_path / "r.toml"
+    model = "[model]\nvocab_size=8\nhidden_size=8\nnum_layers=1\nnum_heads_q=1\nnum_heads_kv=1\n"
+    file.write_text(text + "\n" + model + "head_dim=8\nintermediate_size=8\n")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(file))
+    with pytest.raises(ValueError, match="the shipped ones are: atlas"):
+        load_recipe("nothing")
