@@ -1,0 +1,3 @@
+#include "cpu/vec/generic.h"
+
+#include "cpu/kernels/hybrid_attention.h"

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+
+#include "pdiff/hybrid_attention.h"
+
+namespace pdiff::cpu {
+
+/// One backward task: query heads [head_lo, head_hi) of one KV head over one sequence.
+struct HybridAttentionBackwardTask {
+  int32_t sequence, kv_head, head_lo, head_hi;
+  float* dk;  // [num_keys, row_floats(head_dim)], this task's part; written, not added to
+  float* dv;  // as dk
+};
+
+/// What an instruction set provides. A task takes a workspace of its own, aligned to a cache line.
+struct HybridAttentionKernels {
+  int64_t (*forward_workspace_floats)(const PlanHeader& plan);
+  void (*forward_tile)(const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
+                       float* workspace);
+  int64_t (*backward_workspace_floats)(const PlanHeader& plan);
+  void (*backward_task)(const HybridAttentionBackwardParams& params,
+                        const HybridAttentionBackwardTask& task, float* workspace);
+  /// Adds `num_parts` parts that lie one after another and writes dk and dv of one KV head.
+  void (*backward_finish)(const HybridAttentionBackwardParams& params, int32_t sequence,
+                          int32_t kv_head, int num_parts, const float* dk, const float* dv);
+};
+
+/// Floats per row of a buffer of vectors of head_dim: whole cache lines and an odd number of them,
+/// so that a column of rows spreads over all sets of the first-level cache.
+constexpr int64_t row_floats(int64_t head_dim) { return ((head_dim + 15) / 16 | 1) * 16; }
+
+namespace generic {
+extern const HybridAttentionKernels hybrid_attention_kernels;
+}
+namespace avx512 {
+extern const HybridAttentionKernels hybrid_attention_kernels;
+}
+
+}  // namespace pdiff::cpu

@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pdiff/span_layout.h"
+
+namespace pdiff {
+
+/// One sequence of a packed batch. Segments, intervals and tiles count rows and keys from the start
+/// of their sequence; `*_begin` is where the sequence starts in the arrays of the batch.
+struct PlanSequence {
+  int32_t row_begin, num_rows;
+  int32_t key_begin, num_keys;
+  int32_t segment_begin, num_segments;
+  int32_t page_begin;  // its pages: [page_begin, page_begin + ceil(num_keys / page_size))
+};
+
+/// Rows [row_lo, row_hi) of one sequence; the first segment that reaches into them.
+struct PlanTile {
+  int32_t sequence, row_lo, row_hi, segment;
+};
+
+/// The first words of a plan. Offsets count int32 words from the plan's start.
+struct PlanHeader {
+  int32_t magic, num_words;
+  int32_t num_sequences, total_q, total_kv;
+  int32_t num_heads_q, num_heads_kv, head_dim;
+  int32_t tile_rows;            // rows of a tile; a tile row is one token with all heads of a group
+  int32_t num_tiles;
+  int32_t page_size, num_pages;  // 0 when packed; else every page id is below num_pages
+  int32_t sequences, sequence_order, tiles, segments, interval_ptr, intervals, pages;  // offsets
+};
+
+/// A plan as kernels see it: pointers into one block of words, here or in device memory.
+struct PlanView {
+  PlanHeader header;
+  const PlanSequence* sequences;  // [num_sequences]
+  const int32_t* sequence_order;  // [num_sequences], most visible pairs first
+  const PlanTile* tiles;          // [num_tiles], most visible pairs first
+  const Segment* segments;        // all sequences, one after another
+  const int32_t* interval_ptr;    // [num_segments + 1], over all sequences
+  const KeyInterval* intervals;
+  const int32_t* pages;           // page ids of all sequences, one after another
+};
+
+struct AttentionPlanOptions {
+  int32_t num_heads_q = 0, num_heads_kv = 0, head_dim = 0;
+  int32_t tile_rows = 0;                // 0: what suits the CPU kernels
+  int32_t page_size = 0;                // 0: packed keys and values
+  const int32_t* page_table = nullptr;  // [num_sequences, max_pages], -1 past the end
+  int64_t max_pages = 0;
+};
+
+/// The masks of a batch and the schedule of its tiles, in one block of int32 words that can be
+/// copied as it is: to a device, or through a compiled graph as a tensor.
+/// Tiling    a sequence's tiles start at its first row and depend on nothing but itself.
+/// Order     tiles and sequences are listed by falling work; kernels may take them in any order.
+class AttentionPlan {
+ public:
+  AttentionPlan(const std::vector<const SpanLayout*>& layouts, const AttentionPlanOptions& options);
+
+  const int32_t* words() const { return words_.data(); }
+  int64_t num_words() const { return static_cast<int64_t>(words_.size()); }
+  const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(words_.data()); }
+
+ private:
+  std::vector<int32_t> words_;
+};
+
+/// Reads a block of words as a plan. Throws pdiff::Error when it is not one.
+PlanView view_plan(const int32_t* words, int64_t num_words);
+
+}  // namespace pdiff

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+
+#include "pdiff/attention_plan.h"
+#include "pdiff/dtype.h"
+
+namespace pdiff {
+
+/// Hybrid attention: causal over prompt and plan; a span sees both and all of itself, and other
+/// spans only after sync. Which row sees which key is the plan's; the kernel only walks it.
+/// Keys      packed [total_kv, num_heads_kv, head_dim], or pages of page_size tokens when the plan
+///           has a page table: token slot of a sequence's key i is pages[i / page_size].
+/// Numerics  scores, softmax and sums in float; `lse` is natural log.
+/// Empty     a row that sees no key gets out = 0 and lse = -inf.
+/// Bits      a row's result depends on its query and the keys it sees, not on the batch, on how a
+///           sequence is split over calls, or on the number of threads.
+struct HybridAttentionParams {
+  PlanView plan;
+  DType dtype = DType::kFloat32;  // of q, k, v, out
+  const void* q = nullptr;        // [total_q, num_heads_q, head_dim]
+  const void* k = nullptr;        // [total_kv | num_pages, page_size, num_heads_kv, head_dim]
+  const void* v = nullptr;        // as k
+  void* out = nullptr;            // [total_q, num_heads_q, head_dim], contiguous
+  float* lse = nullptr;           // [num_heads_q, total_q]; may be null
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements from token to token
+  int64_t k_page_stride = 0, v_page_stride = 0;      // elements from page to page
+  float softmax_scale = 1.0f;
+  int num_threads = 1;
+};
+
+void hybrid_attention(const HybridAttentionParams& params);  // throws pdiff::Error
+
+/// Gradients of q, k, v; packed keys only, deterministic.
+/// Task   one sequence and one KV head, or one query head where the sequence is long. It walks the
+///        query tiles as the forward does, keeps dq of the tile at hand and adds to dk and dv; the
+///        parts that several query heads of a KV head leave are added in order of the heads.
+struct HybridAttentionBackwardParams {
+  PlanView plan;
+  DType dtype = DType::kFloat32;  // of q, k, v, out, dout, dq, dk, dv
+  const void* q = nullptr;        // [total_q, num_heads_q, head_dim]
+  const void* k = nullptr;        // [total_kv, num_heads_kv, head_dim]
+  const void* v = nullptr;        // [total_kv, num_heads_kv, head_dim]
+  const void* out = nullptr;      // [total_q, num_heads_q, head_dim], contiguous
+  const float* lse = nullptr;     // [num_heads_q, total_q]
+  const void* dout = nullptr;     // [total_q, num_heads_q, head_dim], contiguous
+  const float* dlse = nullptr;    // [num_heads_q, total_q]; may be null
+  void* dq = nullptr;             // [total_q, num_heads_q, head_dim], contiguous
+  void* dk = nullptr;             // [total_kv, num_heads_kv, head_dim], contiguous
+  void* dv = nullptr;             // [total_kv, num_heads_kv, head_dim], contiguous
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements from token to token
+  float softmax_scale = 1.0f;
+  int num_threads = 1;
+};
+
+void hybrid_attention_backward(const HybridAttentionBackwardParams& params);  // throws pdiff::Error
+
+}  // namespace pdiff
