@@ -92,3 +92,67 @@ class PlanState:
     def finish(self) -> int: ...
 
 def plan_mask_table() -> npt.NDArray[np.bool_]: ...
+class AttentionPlan:
+    def __init__(
+        self,
+        layouts: Sequence[SpanLayout],
+        num_heads_q: int,
+        num_heads_kv: int,
+        head_dim: int,
+        page_table: int,
+        max_pages: int,
+        page_size: int,
+    ) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def total_q(self) -> int: ...
+    @property
+    def total_kv(self) -> int: ...
+    @property
+    def num_tiles(self) -> int: ...
+    @property
+    def tile_rows(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+
+def hybrid_attention(
+    plan_address: int,
+    plan_words: int,
+    dtype: int,
+    q: int,
+    q_shape: Sequence[int],
+    q_strides: Sequence[int],
+    k: int,
+    k_shape: Sequence[int],
+    k_strides: Sequence[int],
+    v: int,
+    v_shape: Sequence[int],
+    v_strides: Sequence[int],
+    out: int,
+    lse: int,
+    softmax_scale: float,
+    num_threads: int,
+) -> None: ...
+def hybrid_attention_backward(
+    plan_address: int,
+    plan_words: int,
+    dtype: int,
+    q: int,
+    q_shape: Sequence[int],
+    q_strides: Sequence[int],
+    k: int,
+    k_shape: Sequence[int],
+    k_strides: Sequence[int],
+    v: int,
+    v_shape: Sequence[int],
+    v_strides: Sequence[int],
+    out: int,
+    lse: int,
+    dout: int,
+    dlse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    softmax_scale: float,
+    num_threads: int,
+) -> None: ...

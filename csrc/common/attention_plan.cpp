@@ -42,10 +42,10 @@ void check_layout(const SpanLayout& layout, size_t idx) {
   int32_t row = 0;
   for (int32_t s = 0; s < layout.num_segments(); ++s) {
     const Segment& segment = layout.segments[s];
-    PDIFF_CHECK(row <= segment.q_lo && segment.q_lo < segment.q_hi &&
-                    segment.q_hi <= layout.num_rows,
-                "layouts[", idx, "]: expected segment rows that ascend within [0, ",
-                layout.num_rows, "), got [", segment.q_lo, ", ", segment.q_hi, ")");
+    PDIFF_CHECK(
+        row <= segment.q_lo && segment.q_lo < segment.q_hi && segment.q_hi <= layout.num_rows,
+        "layouts[", idx, "]: expected segment rows that ascend within [0, ", layout.num_rows,
+        "), got [", segment.q_lo, ", ", segment.q_hi, ")");
     row = segment.q_hi;
     int32_t key = 0;
     for (int32_t i = layout.interval_ptr[s]; i < layout.interval_ptr[s + 1]; ++i) {
@@ -89,10 +89,10 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
                              const AttentionPlanOptions& options) {
   PDIFF_CHECK(options.num_heads_kv > 0, "num_heads_kv: expected > 0, got ", options.num_heads_kv);
   PDIFF_CHECK(options.num_heads_q > 0 && options.num_heads_q % options.num_heads_kv == 0,
-              "num_heads_q: expected a multiple of num_heads_kv (", options.num_heads_kv,
-              "), got ", options.num_heads_q);
-  PDIFF_CHECK(options.head_dim > 0 && options.head_dim <= 256,
-              "head_dim: expected 1 to 256, got ", options.head_dim);
+              "num_heads_q: expected a multiple of num_heads_kv (", options.num_heads_kv, "), got ",
+              options.num_heads_q);
+  PDIFF_CHECK(options.head_dim > 0 && options.head_dim <= 256, "head_dim: expected 1 to 256, got ",
+              options.head_dim);
   PDIFF_CHECK(options.page_size >= 0, "page_size: expected > 0, got ", options.page_size);
 
   PlanHeader header{};
@@ -182,9 +182,9 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
 
 PlanView view_plan(const int32_t* words, int64_t num_words) {
   constexpr int64_t kHeaderWords = sizeof(PlanHeader) / sizeof(int32_t);
-  PDIFF_CHECK(words != nullptr && num_words >= kHeaderWords && words[0] == kMagic &&
-                  words[1] == num_words,
-              "plan: expected the words of an AttentionPlan");
+  PDIFF_CHECK(
+      words != nullptr && num_words >= kHeaderWords && words[0] == kMagic && words[1] == num_words,
+      "plan: expected the words of an AttentionPlan");
   PlanView view;
   std::memcpy(&view.header, words, sizeof(view.header));
   const PlanHeader& h = view.header;

@@ -68,10 +68,10 @@ PDIFF_HD int32_t interval_end(const SegmentsView& view, int32_t segment, int32_t
   return view.intervals[interval].hi - (follows_row ? s.q_hi - 1 - row : 0);
 }
 
-/// The first run of rows [row_lo, row_hi) that starts at or after `key`; false when there is none.
-/// `segment` is the first one that ends after row_lo.
-PDIFF_HD bool next_run(const SegmentsView& view, int32_t segment, int32_t row_lo, int32_t row_hi,
-                       int32_t key, KeyRun* run) {
+/// The first run of a tile's rows, up to row_hi, that starts at or after `key`; false when there is
+/// none. `segment` is the first one that ends after the first row.
+PDIFF_HD bool next_run(const SegmentsView& view, int32_t segment, int32_t row_hi, int32_t key,
+                       KeyRun* run) {
   bool found = false;
   for (int32_t s = segment; s < view.num_segments && view.segments[s].q_lo < row_hi; ++s) {
     const int32_t interval = find_interval(view, s, key);

@@ -20,8 +20,8 @@ struct AlignedDelete {
 using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
 
 AlignedFloats allocate_floats(int64_t count) {
-  return AlignedFloats(
-      static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), kCacheLine)));
+  return AlignedFloats(static_cast<float*>(
+      ::operator new[](static_cast<size_t>(count) * sizeof(float), kCacheLine)));
 }
 
 // One workspace per thread that outlives the call: fresh pages would cost more than a small task.

@@ -145,7 +145,8 @@ PDIFF_INLINE PanelView panel_limits(const int32_t* visible,  // by token, from t
 }
 
 // One online softmax step over the scores of `keys` keys for the rows of a panel, in place:
-// m' <- max(m, max_j s_j), alpha <- exp2(m - m'), p_j <- exp2(s_j - m'), l <- alpha * l + sum_j p_j.
+// m' <- max(m, max_j s_j), alpha <- exp2(m - m'), p_j <- exp2(s_j - m'), l <- alpha * l + sum_j
+// p_j.
 template <bool kMasked>
 PDIFF_INLINE void softmax_step(float* s, int keys, int cols, const float* limit, float* m, float* l,
                                float* alpha) {
@@ -188,15 +189,15 @@ PDIFF_INLINE void softmax_step(float* s, int keys, int cols, const float* limit,
 }
 
 struct ForwardBuffers {
-  float* qt;       // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
-  float* out;      // [rows][ld]
-  float* k;        // [kTileKeys][ld]
-  float* v;        // [kTileKeys][ld]
-  float* s;        // [kTileKeys][kPanelRows]
-  float* m;        // [rows] running maximum, in units of log2
-  float* l;        // [rows] running sum
-  float* alpha;    // [kPanelRows]
-  float* limit;    // [kPanelRows]
+  float* qt;         // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
+  float* out;        // [rows][ld]
+  float* k;          // [kTileKeys][ld]
+  float* v;          // [kTileKeys][ld]
+  float* s;          // [kTileKeys][kPanelRows]
+  float* m;          // [rows] running maximum, in units of log2
+  float* l;          // [rows] running sum
+  float* alpha;      // [kPanelRows]
+  float* limit;      // [kPanelRows]
   int32_t* visible;  // [tile_rows]
   int64_t floats;
 
@@ -231,10 +232,10 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   const int head_dim = plan.head_dim;
   const int64_t ld = row_floats(head_dim);
   const ForwardBuffers x(plan, workspace);
-  const auto keys = key_rows<T>(params.plan, sequence, kv_head, params.k, params.k_stride,
-                                params.k_page_stride);
-  const auto values = key_rows<T>(params.plan, sequence, kv_head, params.v, params.v_stride,
-                                  params.v_page_stride);
+  const auto keys =
+      key_rows<T>(params.plan, sequence, kv_head, params.k, params.k_stride, params.k_page_stride);
+  const auto values =
+      key_rows<T>(params.plan, sequence, kv_head, params.v, params.v_stride, params.v_page_stride);
 
   const T* q = static_cast<const T*>(params.q) + sequence.row_begin * params.q_stride;
   transpose_rows(q, params.q_stride, head_dim, rows, params.softmax_scale * kLog2E, x.qt);
@@ -242,7 +243,7 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   for (int64_t i = 0; i < padded_rows * ld; ++i) x.out[i] = 0.0f;
 
   KeyRun run{0, 0};
-  for (int next = 0; next_run(segments, tile.segment, tile.row_lo, tile.row_hi, next, &run);
+  for (int next = 0; next_run(segments, tile.segment, tile.row_hi, next, &run);
        next = run.key_lo + 1) {
     visible_in_run(segments, tile.segment, tile.row_lo, tile.row_hi, run, x.visible);
     for (int key_lo = run.key_lo; key_lo < run.key_hi; key_lo += kTileKeys) {
@@ -250,8 +251,8 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
       copy_keys(keys, key_lo, num_keys, head_dim, x.k, ld);
       copy_keys(values, key_lo, num_keys, head_dim, x.v, ld);
       for (int row = 0; row < num_rows; row += kPanelRows) {
-        const PanelView view = panel_limits(x.visible, rows, row / kPanelRows,
-                                            key_lo - run.key_lo, num_keys, x.limit);
+        const PanelView view =
+            panel_limits(x.visible, rows, row / kPanelRows, key_lo - run.key_lo, num_keys, x.limit);
         if (view.keys_max == 0) continue;
         const int panel_rows = num_rows - row < kPanelRows ? num_rows - row : kPanelRows;
         const int cols = round_up(panel_rows, Vec::kLanes);
@@ -300,24 +301,24 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   }
 }
 
-// The backward keeps rows of the tile both transposed (to be multiplied by keys) and as they are (to
-// be summed into keys):
+// The backward keeps rows of the tile both transposed (to be multiplied by keys) and as they are
+// (to be summed into keys):
 //
 //   p^T <- exp2(k @ q^T - lse),  ds^T <- p^T * (v @ dout^T - delta)
 //   dv <- dv + p^T @ dout,  dk <- dk + ds^T @ q,  dq <- dq + ds @ k
 struct BackwardBuffers {
-  float* qt;       // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
-  float* dout_t;   // [panels][head_dim][kPanelRows]
-  float* q;        // [rows][ld], times softmax_scale
-  float* dout;     // [rows][ld]
-  float* dq;       // [rows][ld]
-  float* k;        // [kTileKeys][ld]
-  float* v;        // [kTileKeys][ld]
-  float* p;        // [kTileKeys][kPanelRows]
-  float* ds;       // [kTileKeys][kPanelRows]
-  float* lse;      // [rows], in units of log2
-  float* delta;    // [rows], sum(dout * out) - dlse
-  float* limit;    // [kPanelRows]
+  float* qt;         // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
+  float* dout_t;     // [panels][head_dim][kPanelRows]
+  float* q;          // [rows][ld], times softmax_scale
+  float* dout;       // [rows][ld]
+  float* dq;         // [rows][ld]
+  float* k;          // [kTileKeys][ld]
+  float* v;          // [kTileKeys][ld]
+  float* p;          // [kTileKeys][kPanelRows]
+  float* ds;         // [kTileKeys][kPanelRows]
+  float* lse;        // [rows], in units of log2
+  float* delta;      // [rows], sum(dout * out) - dlse
+  float* limit;      // [kPanelRows]
   int32_t* visible;  // [tokens]
   int64_t floats;
 
@@ -376,8 +377,7 @@ void backward_tile(const HybridAttentionBackwardParams& params,
   const int head_dim = plan.head_dim;
   const int64_t ld = row_floats(head_dim);
   const int64_t row_elements = int64_t{plan.num_heads_q} * head_dim;
-  const auto keys =
-      key_rows<T>(params.plan, sequence, task.kv_head, params.k, params.k_stride, 0);
+  const auto keys = key_rows<T>(params.plan, sequence, task.kv_head, params.k, params.k_stride, 0);
   const auto values =
       key_rows<T>(params.plan, sequence, task.kv_head, params.v, params.v_stride, 0);
 
@@ -408,7 +408,7 @@ void backward_tile(const HybridAttentionBackwardParams& params,
   for (int64_t i = 0; i < padded_rows * ld; ++i) x.dq[i] = 0.0f;
 
   KeyRun run{0, 0};
-  for (int next = 0; next_run(segments, segment, rows.token_lo, rows.token_hi, next, &run);
+  for (int next = 0; next_run(segments, segment, rows.token_hi, next, &run);
        next = run.key_lo + 1) {
     visible_in_run(segments, segment, rows.token_lo, rows.token_hi, run, x.visible);
     for (int key_lo = run.key_lo; key_lo < run.key_hi; key_lo += kTileKeys) {
@@ -416,8 +416,8 @@ void backward_tile(const HybridAttentionBackwardParams& params,
       copy_keys(keys, key_lo, num_keys, head_dim, x.k, ld);
       copy_keys(values, key_lo, num_keys, head_dim, x.v, ld);
       for (int row = 0; row < num_rows; row += kPanelRows) {
-        const PanelView view = panel_limits(x.visible, rows, row / kPanelRows,
-                                            key_lo - run.key_lo, num_keys, x.limit);
+        const PanelView view =
+            panel_limits(x.visible, rows, row / kPanelRows, key_lo - run.key_lo, num_keys, x.limit);
         if (view.keys_max == 0) continue;
         const int panel_rows = num_rows - row < kPanelRows ? num_rows - row : kPanelRows;
         const int cols = round_up(panel_rows, Vec::kLanes);
@@ -471,7 +471,7 @@ void backward_tile(const HybridAttentionBackwardParams& params,
     }
     store_row(row_dq, head_dim,
               dq + (rows.token_lo + row / rows.num_heads) * row_elements +
-                 int64_t{rows.head_lo + row % rows.num_heads} * head_dim);
+                  int64_t{rows.head_lo + row % rows.num_heads} * head_dim);
   }
 }
 
@@ -489,8 +489,7 @@ void backward_task(const HybridAttentionBackwardParams& params,
   int segment = 0;
   for (int token = 0; token < sequence.num_rows; token += tokens) {
     segment = find_segment(segments, segment, segments.num_segments, token);
-    const int token_hi =
-        token + tokens < sequence.num_rows ? token + tokens : sequence.num_rows;
+    const int token_hi = token + tokens < sequence.num_rows ? token + tokens : sequence.num_rows;
     backward_tile<T>(params, task, {token, token_hi, task.head_lo, num_heads}, segment, buffers);
   }
 }
@@ -508,7 +507,8 @@ void backward_finish(const HybridAttentionBackwardParams& params, int32_t sequen
       load_row(parts + key * ld, head_dim, sum);
       for (int part = 1; part < num_parts; ++part) {
         const float* row = parts + part * part_floats + key * ld;
-        for (int i = 0; i < head_dim; i += Vec::kLanes) store(sum + i, load(sum + i) + load(row + i));
+        for (int i = 0; i < head_dim; i += Vec::kLanes)
+          store(sum + i, load(sum + i) + load(row + i));
       }
       const int64_t row = int64_t{sequence.key_begin} + key;
       store_row(sum, head_dim,
@@ -519,40 +519,49 @@ void backward_finish(const HybridAttentionBackwardParams& params, int32_t sequen
   add_parts(dv, params.dv);
 }
 
+int64_t forward_workspace_floats(const PlanHeader& plan) {
+  return ForwardBuffers(plan, nullptr).floats;
+}
+
+void forward_tile_any(const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
+                      float* workspace) {
+  if (params.dtype == DType::kFloat32) {
+    forward_tile<float>(params, tile, kv_head, workspace);
+  } else {
+    forward_tile<bfloat16>(params, tile, kv_head, workspace);
+  }
+}
+
+int64_t backward_workspace_floats(const PlanHeader& plan) {
+  return BackwardBuffers(plan, nullptr).floats;
+}
+
+void backward_task_any(const HybridAttentionBackwardParams& params,
+                       const HybridAttentionBackwardTask& task, float* workspace) {
+  if (params.dtype == DType::kFloat32) {
+    backward_task<float>(params, task, workspace);
+  } else {
+    backward_task<bfloat16>(params, task, workspace);
+  }
+}
+
+void backward_finish_any(const HybridAttentionBackwardParams& params, int32_t sequence,
+                         int32_t kv_head, int num_parts, const float* dk, const float* dv) {
+  if (params.dtype == DType::kFloat32) {
+    backward_finish<float>(params, sequence, kv_head, num_parts, dk, dv);
+  } else {
+    backward_finish<bfloat16>(params, sequence, kv_head, num_parts, dk, dv);
+  }
+}
+
 }  // namespace
 
 const HybridAttentionKernels hybrid_attention_kernels = {
-    .forward_workspace_floats =
-        [](const PlanHeader& plan) { return ForwardBuffers(plan, nullptr).floats; },
-    .forward_tile =
-        [](const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
-           float* workspace) {
-          if (params.dtype == DType::kFloat32) {
-            forward_tile<float>(params, tile, kv_head, workspace);
-          } else {
-            forward_tile<bfloat16>(params, tile, kv_head, workspace);
-          }
-        },
-    .backward_workspace_floats =
-        [](const PlanHeader& plan) { return BackwardBuffers(plan, nullptr).floats; },
-    .backward_task =
-        [](const HybridAttentionBackwardParams& params, const HybridAttentionBackwardTask& task,
-           float* workspace) {
-          if (params.dtype == DType::kFloat32) {
-            backward_task<float>(params, task, workspace);
-          } else {
-            backward_task<bfloat16>(params, task, workspace);
-          }
-        },
-    .backward_finish =
-        [](const HybridAttentionBackwardParams& params, int32_t sequence, int32_t kv_head,
-           int num_parts, const float* dk, const float* dv) {
-          if (params.dtype == DType::kFloat32) {
-            backward_finish<float>(params, sequence, kv_head, num_parts, dk, dv);
-          } else {
-            backward_finish<bfloat16>(params, sequence, kv_head, num_parts, dk, dv);
-          }
-        },
+    .forward_workspace_floats = forward_workspace_floats,
+    .forward_tile = forward_tile_any,
+    .backward_workspace_floats = backward_workspace_floats,
+    .backward_task = backward_task_any,
+    .backward_finish = backward_finish_any,
 };
 
 }  // namespace pdiff::cpu::PDIFF_ISA

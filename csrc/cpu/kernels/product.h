@@ -6,8 +6,8 @@
 //
 // `a` is read one number at a time, `b` and `c` a vector of columns at a time, so b and c are row
 // major and their rows may be read and written up to the next multiple of Vec::kLanes columns.
-// Each element of c is one chain of multiply-adds in order of depth: it does not depend on what else
-// is in the block.
+// Each element of c is one chain of multiply-adds in order of depth: it does not depend on what
+// else is in the block.
 
 #include <cstdint>
 

@@ -26,7 +26,7 @@ struct PlanHeader {
   int32_t magic, num_words;
   int32_t num_sequences, total_q, total_kv;
   int32_t num_heads_q, num_heads_kv, head_dim;
-  int32_t tile_rows;            // rows of a tile; a tile row is one token with all heads of a group
+  int32_t tile_rows;  // rows of a tile; a tile row is one token with all heads of a group
   int32_t num_tiles;
   int32_t page_size, num_pages;  // 0 when packed; else every page id is below num_pages
   int32_t sequences, sequence_order, tiles, segments, interval_ptr, intervals, pages;  // offsets
@@ -41,7 +41,7 @@ struct PlanView {
   const Segment* segments;        // all sequences, one after another
   const int32_t* interval_ptr;    // [num_segments + 1], over all sequences
   const KeyInterval* intervals;
-  const int32_t* pages;           // page ids of all sequences, one after another
+  const int32_t* pages;  // page ids of all sequences, one after another
 };
 
 struct AttentionPlanOptions {

@@ -1,0 +1,5 @@
+"""Where torch meets the compiled core: one module per kernel, `reference` specifies them."""
+
+from pdiff_runtime.ops._library import Impl
+from pdiff_runtime.ops.attention_plan import AttentionPlan
+from pdiff_runtime.ops.hybrid_attention import hybrid_attention

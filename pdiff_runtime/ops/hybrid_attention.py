@@ -1,0 +1,237 @@
+"""Attention in which a row sees its plan's keys: causal text, whole spans, nothing of siblings."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from pdiff_runtime import _C
+from pdiff_runtime.ops import reference
+from pdiff_runtime.ops._library import DTYPE_CODES, Impl, library, pointer, select_impl
+from pdiff_runtime.ops.attention_plan import AttentionPlan
+
+
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor: ...
+
+
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    softmax_scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(softmax_scale * q @ k^T) @ v`` over the keys each row sees.
+
+    Differentiable for packed keys. Tokens of q, k and v may be strided, as slices of a fused
+    projection are. A row's result depends on its query and the keys it sees, bit for bit: not on
+    the rest of the batch, nor on how a sequence is split over calls, nor on the number of threads.
+
+    Args:
+        q: ``[total_q, num_heads_q, head_dim]`` float32 or bfloat16, rows of all sequences.
+        k: ``[total_kv, num_heads_kv, head_dim]``, or
+            ``[num_pages, page_size, num_heads_kv, head_dim]`` if the plan has a page table.
+        v: As ``k``.
+        plan: From :meth:`AttentionPlan.pack`.
+        softmax_scale: ``head_dim ** -0.5`` if None.
+        return_lse: Also return the logarithm of each row's sum.
+
+    Returns:
+        ``[total_q, num_heads_q, head_dim]``; with ``return_lse`` also ``[num_heads_q, total_q]``
+        float32, natural log. A row that sees no key gets 0 and -inf.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride does not fit, e.g.
+            "q: expected [96, 8, 128], got [95, 8, 128]".
+    """
+    if softmax_scale is None:
+        softmax_scale = plan.head_dim**-0.5
+    if impl != Impl.AUTO and select_impl(impl, q.device) is Impl.REFERENCE:
+        out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
+    elif torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    ):
+        out, lse = torch.ops.pdiff.hybrid_attention(q, k, v, plan.words, softmax_scale)
+    else:
+        out, lse = _forward(
+            q, k, v, plan.address, plan.num_words, softmax_scale, return_lse=return_lse
+        )
+    return (out, lse) if return_lse else out
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_address: int,
+    plan_words: int,
+    softmax_scale: float,
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = q.dtype
+    if not (k.dtype is dtype and v.dtype is dtype and dtype in DTYPE_CODES):
+        raise ValueError(
+            "q, k, v: expected float32 or bfloat16, all the same, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not (q.is_cpu and k.is_cpu and v.is_cpu):
+        raise ValueError(
+            f"q, k, v: expected tensors on cpu, got {q.device}, {k.device}, {v.device}"
+        )
+    out = torch.empty(q.shape, dtype=dtype)
+    lse = torch.empty(q.shape[1::-1] if return_lse else (0,), dtype=torch.float32)
+    _C.hybrid_attention(
+        plan_address,
+        plan_words,
+        DTYPE_CODES[dtype],
+        q.data_ptr(),
+        q.shape,
+        q.stride(),
+        k.data_ptr(),
+        k.shape,
+        k.stride(),
+        v.data_ptr(),
+        v.shape,
+        v.stride(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        softmax_scale,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+library.define(
+    "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor plan, float softmax_scale)"
+    " -> (Tensor, Tensor)"
+)
+library.define(
+    "hybrid_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, Tensor plan, float softmax_scale) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, plan.data_ptr(), plan.numel(), softmax_scale, return_lse=True)
+
+
+def _backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _C.hybrid_attention_backward(
+        plan.data_ptr(),
+        plan.numel(),
+        DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        q.shape,
+        q.stride(),
+        k.data_ptr(),
+        k.shape,
+        k.stride(),
+        v.data_ptr(),
+        v.shape,
+        v.stride(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        dout.data_ptr(),
+        pointer(dlse),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        softmax_scale,
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    q, k, v, plan, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, k, v, *output, plan)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    q, k, v, out, lse, plan = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    gradients = torch.ops.pdiff.hybrid_attention_backward(
+        dout, dlse, q, k, v, out, lse, plan, ctx.softmax_scale
+    )
+    return *gradients, None, None
+
+
+library.impl("hybrid_attention", _forward_op, "CPU")
+library.impl("hybrid_attention_backward", _backward_op, "CPU")
+torch.library.register_fake("pdiff::hybrid_attention", _forward_fake, lib=library)
+torch.library.register_fake("pdiff::hybrid_attention_backward", _backward_fake, lib=library)
+torch.library.register_autograd(
+    "pdiff::hybrid_attention", _backward, setup_context=_setup_context, lib=library
+)

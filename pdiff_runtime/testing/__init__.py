@@ -1,0 +1,4 @@
+"""Problems, oracles and tolerances that tests and benches share."""
+
+from pdiff_runtime.testing.isa import ISAS, use_isa
+from pdiff_runtime.testing.tolerances import assert_within_budget

@@ -1,0 +1,310 @@
+"""Hybrid attention against the float64 reference, and the laws that hold bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+
+from pdiff_runtime.ops import AttentionPlan, hybrid_attention, reference
+from pdiff_runtime.plan import SpanLayout
+from pdiff_runtime.testing import assert_within_budget, use_isa
+from pdiff_runtime.testing.problems import LAYOUTS, AttentionProblem, layout_of
+
+F32, BF16 = torch.float32, torch.bfloat16
+HEADS = [(1, 1), (4, 2), (3, 1), (7, 1)]
+HEAD_DIMS = [16, 40, 64, 128, 256]
+
+
+@pytest.fixture(params=["generic", "avx512", "amx"])
+def isa(request):
+    with use_isa(request.param) as available:
+        if not available:
+            pytest.skip(f"{request.param} is not built or not on this machine")
+        yield request.param
+
+
+def oracle(q, k, v, plan):
+    scale = plan.head_dim**-0.5
+    exact = reference.hybrid_attention(q.double(), k.double(), v.double(), plan, scale)
+    return exact, reference.hybrid_attention(q, k, v, plan, scale)
+
+
+PROBLEMS = [
+    AttentionProblem(layouts, *HEADS[i % len(HEADS)], head_dim, dtype, page_size)
+    for i, (layouts, head_dim, dtype, page_size) in enumerate(
+        itertools.product(LAYOUTS, HEAD_DIMS, [F32, BF16], [None, 16, 48])
+    )
+]
+PACKED = [p for p in PROBLEMS if p.page_size is None]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_agrees_with_reference(problem, isa):
+    plan = problem.plan()
+    q, k, v = problem.inputs(plan)
+    out, lse = hybrid_attention(q, k, v, plan, return_lse=True)
+    (out64, lse64), (out_low, lse_low) = oracle(q, k, v, plan)
+    assert_within_budget("out", out, out64, out_low)
+    assert_within_budget("lse", lse, lse64, lse_low.float())
+    blind = lse64 == float("-inf")
+    assert not out[blind.T].any()
+
+
+@pytest.mark.parametrize("problem", PACKED, ids=str)
+def test_gradients_agree_with_reference(problem, isa):
+    plan = problem.plan()
+    inputs = problem.inputs(plan)
+    dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
+    dlse = torch.randn(plan.num_heads_q, plan.total_q)
+
+    def gradients(forward, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out, lse = forward(*leaves)
+        seen = lse.isfinite()
+        loss = (out * dout.to(dtype)).sum() + (lse[seen] * dlse[seen]).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    def ours(q, k, v):
+        return hybrid_attention(q, k, v, plan, return_lse=True)
+
+    def spec(q, k, v):
+        return reference.hybrid_attention(q, k, v, plan, plan.head_dim**-0.5)
+
+    actual = gradients(ours, problem.dtype)
+    exact = gradients(spec, torch.float64)
+    low_precision = gradients(spec, problem.dtype)
+    for name, *values in zip(("dq", "dk", "dv"), actual, exact, low_precision, strict=True):
+        assert_within_budget(name, *values)
+
+
+def assert_same_bits(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layouts", LAYOUTS)
+def test_outputs_are_written_whole(layouts, dtype, isa, monkeypatch):
+    problem = AttentionProblem(layouts, dtype=dtype)
+    plan = problem.plan()
+    q, k, v = problem.inputs(plan)
+    expected = hybrid_attention(q, k, v, plan, return_lse=True)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(hybrid_attention(*leaves, plan).sum(), leaves)
+
+    def nan_filled(*args, **kwargs):
+        return torch.full(*args, torch.nan, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", nan_filled)
+    assert_same_bits(hybrid_attention(q, k, v, plan, return_lse=True), expected)
+    assert_same_bits(torch.autograd.grad(hybrid_attention(*leaves, plan).sum(), leaves), grads)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_bits_ignore_the_number_of_threads(dtype, isa):
+    layouts = [layout_of(150, "200", "130", "sync", 600, "300", "sync", 9), layout_of(40, "60")]
+    plan = AttentionPlan.pack(layouts, num_heads_q=6, num_heads_kv=2, head_dim=64)
+    q, k, v = (
+        torch.randn(plan.total_q, heads, 64).to(dtype).requires_grad_() for heads in (6, 2, 2)
+    )
+
+    def run(num_threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        out, lse = hybrid_attention(q, k, v, plan, return_lse=True)
+        grads = torch.autograd.grad((out.float().square().sum() + lse.sum()), (q, k, v))
+        torch.set_num_threads(before)
+        return out, lse, *grads
+
+    assert_same_bits(run(2), run(1))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_bits_ignore_the_batch(dtype, isa):
+    layouts = [layout for batch in LAYOUTS.values() for layout in batch]
+    heads = {"num_heads_q": 3, "num_heads_kv": 1, "head_dim": 64}
+    whole = AttentionPlan.pack(layouts, **heads)
+    q, k, v = (torch.randn(n, h, 64).to(dtype).requires_grad_() for n, h in
+               ((whole.total_q, 3), (whole.total_kv, 1), (whole.total_kv, 1)))  # fmt: skip
+    out, lse = hybrid_attention(q, k, v, whole, return_lse=True)
+    dout = torch.randn_like(out)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    row = key = 0
+    for layout in layouts:
+        alone = AttentionPlan.pack([layout], **heads)
+        rows, keys = slice(row, row + layout.num_rows), slice(key, key + layout.num_keys)
+        part = [q[rows], k[keys], v[keys]]
+        out_alone, lse_alone = hybrid_attention(*part, alone, return_lse=True)
+        grads = torch.autograd.grad(out_alone, part, dout[rows])
+        assert_same_bits((out_alone, lse_alone), (out[rows], lse[:, rows]))
+        assert_same_bits(grads, (dq[rows], dk[keys], dv[keys]))
+        row, key = rows.stop, keys.stop
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("chunk", [1, 5, 32, 100])
+def test_bits_ignore_how_a_sequence_is_split(chunk, dtype, isa):
+    num_keys, heads = 263, {"num_heads_q": 4, "num_heads_kv": 1, "head_dim": 48}
+    q, k, v = (torch.randn(num_keys, h, 48).to(dtype) for h in (4, 1, 1))
+    whole = AttentionPlan.pack([SpanLayout.causal(num_keys, num_keys)], **heads)
+    expected = hybrid_attention(q, k, v, whole)
+    for lo in range(0, num_keys, chunk):
+        hi = min(lo + chunk, num_keys)
+        plan = AttentionPlan.pack([SpanLayout.causal(hi - lo, hi)], **heads)
+        assert torch.equal(hybrid_attention(q[lo:hi], k[:hi], v[:hi], plan), expected[lo:hi])
+
+
+def test_bits_ignore_where_keys_lie(isa):
+    for page_size in (None, 16, 48):
+        problem = AttentionProblem("several_syncs", page_size=page_size)
+        plan = problem.plan()
+        q, k, v = problem.inputs(plan)
+        if page_size is None:
+            packed, keys, values = plan, k, v
+            expected = hybrid_attention(q, k, v, plan)
+            continue
+        pages = plan.page_table[0]
+        for pool, rows in ((k, keys), (v, values)):
+            for key in range(packed.total_kv):
+                pool[pages[key // page_size], key % page_size] = rows[key]
+        assert torch.equal(hybrid_attention(q, k, v, plan), expected)
+
+
+def test_no_open_span_is_plain_causal_attention(isa):
+    n = 150
+    plan = AttentionPlan.pack([layout_of(n)], num_heads_q=4, num_heads_kv=2, head_dim=64)
+    q, k, v = (torch.randn(n, heads, 64) for heads in (4, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(hybrid_attention(q, k, v, plan), expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_slices_of_a_fused_projection(dtype, isa):
+    problem = AttentionProblem("several_syncs", 6, 2, 40, dtype)
+    plan = problem.plan()
+    fused = torch.randn(plan.total_q, (6 + 2 + 2) * 40).to(dtype).requires_grad_()
+    slices = [x.unflatten(1, (-1, 40)) for x in fused.split([240, 80, 80], dim=1)]
+    assert not slices[1].is_contiguous()
+    out = hybrid_attention(*slices, plan)
+    copies = [x.contiguous() for x in slices]
+    expected = hybrid_attention(*copies, plan)
+    assert torch.equal(out, expected)
+    dout = torch.randn_like(out)
+    assert_same_bits(
+        torch.autograd.grad(out, fused, dout), torch.autograd.grad(expected, fused, dout)
+    )
+
+
+def test_scale_and_large_scores(isa):
+    plan = AttentionProblem("many_spans").plan()
+    q, k, v = AttentionProblem("many_spans").inputs(plan)
+    for scale in (0.0, 1.0, 30.0, -2.0):
+        out, lse = hybrid_attention(q, k, v, plan, scale, return_lse=True)
+        exact = reference.hybrid_attention(q.double(), k.double(), v.double(), plan, scale)
+        low = reference.hybrid_attention(q, k, v, plan, scale)
+        assert_within_budget("out", out, exact[0], low[0])
+        assert_within_budget("lse", lse, exact[1], low[1])
+
+
+def test_a_nan_row_stays_alone(isa):
+    plan = AttentionProblem("many_spans").plan()
+    q, k, v = AttentionProblem("many_spans").inputs(plan)
+    expected = hybrid_attention(q, k, v, plan)
+    q[5] = torch.nan
+    out = hybrid_attention(q, k, v, plan)
+    assert out[5].isnan().all()
+    keep = torch.arange(plan.total_q) != 5
+    assert torch.equal(out[keep], expected[keep])
+
+
+def test_reference_can_be_asked_for():
+    problem = AttentionProblem("one_span")
+    plan = problem.plan()
+    q, k, v = problem.inputs(plan)
+    expected = reference.hybrid_attention(q, k, v, plan, plan.head_dim**-0.5)
+    actual = hybrid_attention(q, k, v, plan, return_lse=True, impl="reference")
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_opcheck(page_size):
+    problem = AttentionProblem("one_span", page_size=page_size)
+    plan = problem.plan()
+    q, k, v = problem.inputs(plan)
+    if page_size is None:
+        for x in (q, k, v):
+            x.requires_grad_()
+    torch.library.opcheck(torch.ops.pdiff.hybrid_attention.default, (q, k, v, plan.words, 0.125))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_with_changing_plans(dynamic):
+    def block(q, k, v, plan):
+        return hybrid_attention(2 * q, k, v, plan).square()
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    for layouts in ("one_span", "several_syncs"):
+        problem = AttentionProblem(layouts)
+        plan = problem.plan()
+        leaves = [x.requires_grad_() for x in problem.inputs(plan)]
+        expected, actual = block(*leaves, plan), compiled(*leaves, plan)
+        assert_same_bits([actual], [expected])
+        dout = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, leaves, dout), torch.autograd.grad(expected, leaves, dout)
+        )
+
+
+def test_a_new_plan_of_the_same_shape_does_not_recompile():
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, k, v, plan: hybrid_attention(q, k, v, plan), fullgraph=True, dynamic=True
+    )
+    heads = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 32}
+    q, k, v = (torch.randn(40, h, 32) for h in (2, 1, 1))
+    with torch.no_grad():
+        for i, layout in enumerate([layout_of(40), layout_of(10, "30"), layout_of("9", "9", 22)]):
+            plan = AttentionPlan.pack([layout], **heads)
+            with torch.compiler.set_stance("fail_on_recompile" if i > 0 else "default"):
+                actual = compiled(q, k, v, plan)
+            assert torch.equal(actual, hybrid_attention(q, k, v, plan))
+
+
+def bad(**changes):
+    problem = AttentionProblem("one_span")
+    plan = problem.plan()
+    args = dict(zip("qkv", problem.inputs(plan), strict=True), plan=plan)
+    args |= {name: change(args[name]) for name, change in changes.items() if name in "qkv"}
+    return args | {name: value for name, value in changes.items() if name not in "qkv"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (bad(q=lambda q: q[:-1]), r"q: expected \[158, 4, 64\], got \[157, 4, 64\]"),
+        (bad(k=lambda k: k[:, :1]), r"k: expected \[158, 2, 64\], got \[158, 1, 64\]"),
+        (bad(v=lambda v: v[..., :32]), r"v: expected \[158, 2, 64\], got \[158, 2, 32\]"),
+        (bad(v=lambda v: v[None]), r"v: expected \[158, 2, 64\], got \[1, 158, 2, 64\]"),
+        (bad(q=lambda q: q.double()), "q, k, v: expected float32 or bfloat16, all the same"),
+        (bad(k=lambda k: k.bfloat16()), "q, k, v: expected float32 or bfloat16, all the same"),
+        (bad(k=lambda k: k.to("meta")), "q, k, v: expected tensors on cpu"),
+        (bad(q=lambda q: q.transpose(1, 2).contiguous().transpose(1, 2)), "q: expected contiguous"),
+        (bad(impl="cuda"), "impl: cuda is not available on cpu"),
+        (bad(impl="fast"), "impl: expected one of"),
+    ],
+)
+def test_wrong_arguments_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        hybrid_attention(**args)
+
+
+def test_gradients_need_packed_keys():
+    problem = AttentionProblem("one_span", page_size=16)
+    plan = problem.plan()
+    q, k, v = problem.inputs(plan)
+    out = hybrid_attention(q.requires_grad_(), k, v, plan)
+    with pytest.raises(ValueError, match="plan: expected packed keys, got a page table"):
+        out.sum().backward()
