@@ -18,6 +18,9 @@ class Layout(Protocol):
     @property
     def handle(self) -> _C.SpanLayout: ...
 
+    @property
+    def num_keys(self) -> int: ...
+
     def dense_mask(self) -> Tensor: ...
 
 

@@ -32,7 +32,7 @@ def hybrid_attention(
     for idx, layout in enumerate(plan.layouts):
         mask = layout.dense_mask().to(q.device)  # [rows, keys]
         num_rows, num_keys = mask.shape
-        if plan.page_table is None:
+        if plan.page_table is None or plan.page_size is None:
             keys, values = k[key : key + num_keys], v[key : key + num_keys]
         else:
             num_pages = -(-num_keys // plan.page_size)
