@@ -1,7 +1,67 @@
+#include "pdiff/unmask.h"
+
+#include "bindings/address.h"
 #include "bindings/bindings.h"
+#include "pdiff/error.h"
+
+namespace py = pybind11;
 
 namespace pdiff::bindings {
+namespace {
 
-void bind_unmask(pybind11::module_&) {}
+using Address = std::uintptr_t;
+
+// A setting of every span: the address of [num_spans] values, or 0 and one value for all.
+template <typename T>
+PerSpan<T> per_span(const py::tuple& setting) {
+  PDIFF_CHECK(setting.size() == 2, "per-span setting: expected (address, value)");
+  return {address<const T>(setting[0].cast<Address>()), setting[1].cast<T>()};
+}
+
+void unmask(Address token_ids, Address logits, Address row_position, Address cu_rows_span,
+            Address num_unmask, Address banned_ids, Address seeds, Address random_position,
+            Address confidence, Address candidate, Address is_nan, Address is_written,
+            int logits_dtype, int64_t logits_stride, int64_t total_tokens, int64_t num_rows,
+            int64_t num_spans, int64_t vocab_size, int64_t num_banned, int rule,
+            const py::tuple& temperature, const py::tuple& top_p, const py::tuple& top_k,
+            const py::tuple& alg_temp, const py::tuple& threshold, const py::tuple& step_idx,
+            int num_threads) {
+  PDIFF_CHECK(num_rows == 0 || (token_ids != 0 && logits != 0), "logits: expected data, got none");
+  const UnmaskParams params = {
+      .token_ids = address<int64_t>(token_ids),
+      .logits = address<const void>(logits),
+      .row_position = address<const int32_t>(row_position),
+      .cu_rows_span = address<const int32_t>(cu_rows_span),
+      .num_unmask = address<const int32_t>(num_unmask),
+      .banned_ids = address<const int64_t>(banned_ids),
+      .seeds = address<const int64_t>(seeds),
+      .random_position = address<const int32_t>(random_position),
+      .confidence = address<float>(confidence),
+      .candidate = address<int64_t>(candidate),
+      .is_nan = address<uint8_t>(is_nan),
+      .is_written = address<uint8_t>(is_written),
+      .logits_dtype = static_cast<DType>(logits_dtype),
+      .logits_stride = logits_stride,
+      .total_tokens = total_tokens,
+      .num_rows = num_rows,
+      .num_spans = num_spans,
+      .vocab_size = vocab_size,
+      .num_banned = num_banned,
+      .rule = static_cast<UnmaskRule>(rule),
+      .temperature = per_span<float>(temperature),
+      .top_p = per_span<float>(top_p),
+      .top_k = per_span<int32_t>(top_k),
+      .alg_temp = per_span<float>(alg_temp),
+      .threshold = per_span<float>(threshold),
+      .step_idx = per_span<int32_t>(step_idx),
+      .num_threads = num_threads,
+  };
+  const py::gil_scoped_release release;
+  cpu::unmask(params);
+}
+
+}  // namespace
+
+void bind_unmask(py::module_& m) { m.def("unmask", &unmask, "pdiff/unmask.h; addresses as ints."); }
 
 }  // namespace pdiff::bindings

@@ -10,13 +10,23 @@
 
 namespace pdiff {
 
-/// Calls body(task) for every task in [0, num_tasks), on up to `num_threads` threads that take
-/// `grain` tasks at a time. The caller passes the count (Python: torch.get_num_threads(), which a
-/// fresh thread does not inherit); 1 thread or a build without OpenMP runs the plain loop. Tasks
-/// share nothing, so no result depends on the number of threads. `body` must not throw.
+/// Calls body(task), or body(task, worker) with worker < max(1, num_threads), for every task in
+/// [0, num_tasks) on up to `num_threads` threads that take `grain` tasks at a time. The caller
+/// passes the count (Python: torch.get_num_threads(), which a fresh thread does not inherit); 1
+/// thread or a build without OpenMP runs the plain loop. Tasks share nothing, so no result depends
+/// on the number of threads. `body` must not throw.
 template <typename Body>
 PDIFF_INLINE void parallel_for(int64_t num_tasks, int num_threads, int64_t grain,
                                const Body& body) {
+  const auto run = [&](int64_t begin, int64_t end, [[maybe_unused]] int worker) {
+    for (int64_t task = begin; task < end; ++task) {
+      if constexpr (requires { body(task, worker); }) {
+        body(task, worker);
+      } else {
+        body(task);
+      }
+    }
+  };
 #if defined(_OPENMP)
   const int64_t num_chunks = (num_tasks + grain - 1) / grain;
   if (num_threads > num_chunks) num_threads = static_cast<int>(num_chunks);
@@ -25,7 +35,7 @@ PDIFF_INLINE void parallel_for(int64_t num_tasks, int num_threads, int64_t grain
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const int64_t begin = chunk * grain;
       const int64_t end = begin + grain < num_tasks ? begin + grain : num_tasks;
-      for (int64_t task = begin; task < end; ++task) body(task);
+      run(begin, end, omp_get_thread_num());
     }
     return;
   }
@@ -33,7 +43,7 @@ PDIFF_INLINE void parallel_for(int64_t num_tasks, int num_threads, int64_t grain
   (void)num_threads;
   (void)grain;
 #endif
-  for (int64_t task = 0; task < num_tasks; ++task) body(task);
+  run(0, num_tasks, 0);
 }
 
 }  // namespace pdiff

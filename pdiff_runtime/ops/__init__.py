@@ -3,3 +3,4 @@
 from pdiff_runtime.ops._library import Impl
 from pdiff_runtime.ops.attention_plan import AttentionPlan
 from pdiff_runtime.ops.hybrid_attention import hybrid_attention
+from pdiff_runtime.ops.unmask import Rule, UnmaskStats, unmask_

@@ -1,7 +1,12 @@
-"""The ops as plain torch: their specification, in whatever dtype the arguments have."""
+"""The specification: what each op computes, in plain torch, readable before fast.
+
+Every kernel is tested against this file, and ``impl="reference"`` runs it. The row ops compute in
+float64, attention in the dtype of its arguments.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +14,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pdiff_runtime.ops.attention_plan import AttentionPlan
+
+# -- hybrid attention ----------------------------------------------------------------------------
 
 
 def hybrid_attention(
@@ -49,3 +56,128 @@ def hybrid_attention(
         row += num_rows
         key += num_keys
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+# -- random numbers ------------------------------------------------------------------------------
+
+TOKEN, POSITION = 0, 1
+"""What a random number is for; part of its address."""
+
+
+def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words (int64 holding uint32) of a counter of four words and a seed."""
+    mask = 0xFFFFFFFF
+    x0, x1, x2, x3 = (seed.new_tensor(x) if isinstance(x, int) else x.long() for x in counter)
+    key0, key1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2  # wraps, which keeps all 64 bits
+        x0, x1, x2, x3 = (
+            ((product1 >> 32) & mask) ^ x1 ^ key0,
+            product1 & mask,
+            ((product0 >> 32) & mask) ^ x3 ^ key1,
+            product0 & mask,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
+    return x0, x1, x2, x3
+
+
+def gumbel(seed: Tensor, position: Tensor, step_idx: Tensor, ids: Tensor, use: int) -> Tensor:
+    """A standard Gumbel number in float64 for each address; all arguments broadcast."""
+    words = torch.broadcast_tensors(*philox((ids // 4, position, step_idx, use), seed), ids)
+    word = torch.stack(words[:4]).gather(0, words[4][None] % 4)[0]
+    return -torch.log(-torch.log1p(-(word + 0.5) * 2.0**-32))
+
+
+# -- unmask --------------------------------------------------------------------------------------
+
+
+def keep_prefix(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Mask of what top-p, then top-k leave of one row ``[vocab_size]``.
+
+    Both keep a prefix in the order (logit descending, id ascending): top-p the shortest whose
+    probability reaches ``top_p``, top-k its first ``top_k``; at least one token.
+    """
+    p, order = torch.softmax(logits, -1).sort(descending=True, stable=True)
+    num_kept = logits.shape[0]
+    if top_p < 1.0:
+        num_kept = int((p.cumsum(0) - p < top_p).sum())
+    if top_k > 0:
+        num_kept = min(num_kept, top_k)
+    keep = torch.zeros_like(logits, dtype=torch.bool)
+    keep[order[: max(1, num_kept)]] = True
+    return keep & (logits > -math.inf)
+
+
+def unmask_(
+    token_ids: Tensor,
+    logits: Tensor,
+    row_position: Tensor,
+    cu_rows_span: Tensor,
+    num_unmask: Tensor,
+    *,
+    rule: str = "entropy",
+    threshold: float | Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    alg_temp: float | Tensor = 0.0,
+    banned_ids: Tensor | None = None,
+    seeds: Tensor | None = None,
+    step_idx: int | Tensor = 0,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`pdiff_runtime.ops.unmask_`: confidence, candidate, is_nan, is_written."""
+    num_rows, vocab_size = logits.shape
+    num_spans = num_unmask.shape[0]
+    device = logits.device
+
+    def of_spans(value: float | Tensor | None) -> list[float]:
+        return value.tolist() if isinstance(value, Tensor) else [value or 0] * num_spans
+
+    seed = torch.zeros(num_rows, dtype=torch.int64, device=device) if seeds is None else seeds
+    position = row_position if positions is None else positions
+    ids = torch.arange(vocab_size, device=device)
+    confidence = torch.full((num_rows,), math.nan, dtype=torch.float32, device=device)
+    candidate = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+    is_written = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    x = logits.double()
+    if banned_ids is not None:
+        x[:, banned_ids] = -math.inf
+    largest = x.amax(1)  # NaN where the row holds one
+    is_nan = ~torch.isfinite(largest)
+
+    bounds = cu_rows_span.tolist()
+    settings = zip(
+        *map(of_spans, (num_unmask, temperature, top_p, top_k, alg_temp, threshold, step_idx)),
+        strict=True,
+    )
+    for span, (quota, t, p, k, t_alg, p_min, step) in enumerate(settings):
+        rows = range(bounds[span], bounds[span + 1])
+        live = [row for row in rows if not is_nan[row]]
+        step = torch.tensor(step, device=device)
+        for row in live:
+            scaled = x[row] / t if t > 0 else x[row]
+            scaled = scaled.masked_fill(~keep_prefix(scaled, p, int(k)), -math.inf)
+            probs = torch.softmax(scaled, -1)
+            chosen = scaled.argmax()  # the lowest id on ties
+            if t > 0:
+                chosen = (scaled + gumbel(seed[row], position[row], step, ids, TOKEN)).argmax()
+            candidate[row] = chosen
+            if rule == "entropy":
+                confidence[row] = torch.xlogy(probs, probs).sum()
+            elif rule == "margin":
+                best = torch.cat([probs, probs.new_zeros(1)]).topk(2).values
+                confidence[row] = best[0] - best[1]
+            else:
+                confidence[row] = probs[chosen]
+
+        key = confidence.double()
+        if t_alg > 0:
+            key = key / t_alg + gumbel(seed, position, step, torch.zeros_like(seed), POSITION)
+        ranked = sorted(live, key=lambda row: (-key[row].item(), row))
+        for rank, row in enumerate(ranked[: max(0, quota)]):
+            if rank == 0 or rule != "threshold" or confidence[row] >= p_min:
+                token_ids[row_position[row]] = candidate[row]
+                is_written[row] = True
+    return confidence, candidate, is_nan, is_written

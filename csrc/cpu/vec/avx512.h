@@ -92,6 +92,7 @@ PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
 }
 
 PDIFF_INLINE VecInt load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+PDIFF_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 PDIFF_INLINE int store_compressed(float* p, Mask m, Vec a) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.bits, a.v));
   return count(m);
@@ -118,6 +119,7 @@ PDIFF_INLINE Mask operator>=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v
 PDIFF_INLINE Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 PDIFF_INLINE Mask not_less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 PDIFF_INLINE Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+PDIFF_INLINE Mask operator<=(VecInt a, VecInt b) { return {_mm512_cmple_epi32_mask(a.v, b.v)}; }
 PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.bits, b.v, a.v)}; }
 
 // Reductions.
@@ -128,6 +130,7 @@ PDIFF_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
 PDIFF_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+PDIFF_INLINE Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
   return {_mm512_maskz_scalef_ps(m.bits, a.v, n.v)};
 }

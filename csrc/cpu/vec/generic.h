@@ -2,8 +2,9 @@
 
 // The vector layer: one interface, one implementation per instruction set, chosen by the include.
 //
-//   csrc/cpu/generic/unmask.cpp    #include "cpu/vec/generic.h"    // fixes Vec and PDIFF_ISA
-//                                  #include "cpu/kernels/unmask.h" // the body, written once
+//   csrc/cpu/generic/unmask.cpp    #include "cpu/vec/generic.h"     // fixes Vec and PDIFF_ISA
+//                                  // a comment here keeps clang-format from sorting the two
+//                                  #include "cpu/kernels/unmask.h"  // the body, written once
 //   csrc/cpu/avx512/unmask.cpp     the same with "cpu/vec/avx512.h"; a folder of a further level
 //                                  (amx) defines PDIFF_ISA itself before including it.
 //
@@ -134,6 +135,7 @@ PDIFF_INLINE void store(bfloat16* p, Vec a) { store_first(p, a, Vec::kLanes); }
 PDIFF_INLINE VecInt load(const int32_t* p) {
   return each_lane<VecInt>([=](int i) { return p[i]; });
 }
+PDIFF_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PDIFF_INLINE int store_compressed(float* p, Mask m, Vec a) {
   int n = 0;
   for (int i = 0; i < Vec::kLanes; ++i) {
@@ -193,6 +195,9 @@ PDIFF_INLINE Mask not_less(Vec a, Vec b) {
 PDIFF_INLINE Mask is_nan(Vec a) {
   return each_lane<Mask>([=](int i) { return -(a.lane[i] != a.lane[i]); });
 }
+PDIFF_INLINE Mask operator<=(VecInt a, VecInt b) {
+  return each_lane<Mask>([=](int i) { return -(a.lane[i] <= b.lane[i]); });
+}
 PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) {
   return each_lane<Vec>([=](int i) { return m.lane[i] != 0 ? a.lane[i] : b.lane[i]; });
 }
@@ -221,16 +226,19 @@ PDIFF_INLINE Vec round(Vec a) {
   const Vec magic = broadcast(12582912.0f);
   return (a + magic) - magic;
 }
-// a * 2^n in the lanes of `m`, 0 in the others; n integral. In two factors, each representable.
-PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
+// a * 2^n, n integral: in two factors, each representable.
+PDIFF_INLINE Vec scale_by_power(Vec a, Vec n) {
   return each_lane<Vec>([=](int i) {
-    const int32_t power =
-        m.lane[i] != 0 && n.lane[i] < 252.0f ? static_cast<int32_t>(n.lane[i]) : 252;
+    const int32_t power = n.lane[i] < 252.0f ? static_cast<int32_t>(n.lane[i]) : 252;
     const int32_t half = power >> 1;
     const float low = float_from_bits(static_cast<uint32_t>(half + 127) << 23);
     const float high = float_from_bits(static_cast<uint32_t>(power - half + 127) << 23);
-    return m.lane[i] != 0 ? a.lane[i] * low * high : 0.0f;
+    return a.lane[i] * low * high;
   });
+}
+// The same in the lanes of `m`, 0 in the others, whatever they hold.
+PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
+  return select(m, scale_by_power(a, select(m, n, zero())), zero());
 }
 
 }  // namespace

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cstdint>
+
+#include "pdiff/dtype.h"
+
+namespace pdiff {
+
+/// Confidence by which a span chooses the positions it writes. Higher is more certain.
+enum class UnmaskRule : int32_t {
+  kEntropy = 0,      // sum p log p: minus the entropy, in nats
+  kProbability = 1,  // p of the candidate
+  kMargin = 2,       // p of the likeliest token minus p of the second
+  kThreshold = 3,    // p of the candidate; only the best is written where p < threshold
+};
+
+/// A setting of each span, or one for all of them.
+template <typename T>
+struct PerSpan {
+  const T* values = nullptr;  // [num_spans], or null: `value` holds for every span
+  T value{};
+  T operator[](int64_t span) const { return values != nullptr ? values[span] : value; }
+};
+
+/// Unmask: reveal the most certain masked tokens of each span.
+/// Row        logits -> bans -> temperature -> top-p -> top-k -> softmax -> confidence, candidate.
+/// Kept set   a prefix in the order (logit descending, id ascending): top-p keeps the shortest one
+///            whose probability reaches top_p, top-k its first top_k, both at least one token.
+/// Candidate  temperature 0: the likeliest token, lowest id first, confidence from unscaled logits;
+///            else Gumbel-max over the kept set with the words of csrc/common/philox.h.
+/// Span       the num_unmask best by (confidence, then lower position) are written; alg_temp > 0
+///            draws them without replacement from softmax(confidence / alg_temp).
+/// Numerics   sums in blocks of float, joined in double in a fixed order: a row's result depends
+///            neither on the thread count nor on the other rows.
+/// Not a distribution  a row with a NaN or +inf logit, or with nothing but -inf: is_nan = 1,
+///            candidate = -1, confidence = NaN, never written.
+struct UnmaskParams {
+  int64_t* token_ids;           // [total_tokens], written
+  const void* logits;           // [num_rows, vocab_size] logits_dtype, rows logits_stride apart
+  const int32_t* row_position;  // [num_rows] into token_ids, ascending within a span
+  const int32_t* cu_rows_span;  // [num_spans + 1] from 0 to num_rows
+  const int32_t* num_unmask;    // [num_spans]; more than the span's rows: all; negative: none
+
+  const int64_t* banned_ids;  // [num_banned] in [0, vocab_size)
+  const int64_t* seeds;       // [num_rows], or null: 0
+  const int32_t*
+      random_position;  // [num_rows] position in the random address, or null: row_position
+
+  float* confidence;    // [num_rows]
+  int64_t* candidate;   // [num_rows]
+  uint8_t* is_nan;      // [num_rows]
+  uint8_t* is_written;  // [num_rows]
+
+  DType logits_dtype;
+  int64_t logits_stride;
+  int64_t total_tokens, num_rows, num_spans, vocab_size, num_banned;
+
+  UnmaskRule rule;
+  PerSpan<float> temperature;  // 0 or greater
+  PerSpan<float> top_p;        // 1 or greater: off
+  PerSpan<int32_t> top_k;      // 0: off
+  PerSpan<float> alg_temp;     // 0: take the best
+  PerSpan<float> threshold;    // read by UnmaskRule::kThreshold only
+  PerSpan<int32_t> step_idx;
+
+  int num_threads;
+};
+
+namespace cpu {
+void unmask(const UnmaskParams& params);  // throws pdiff::Error before anything is written
+}
+
+}  // namespace pdiff

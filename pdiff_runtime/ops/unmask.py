@@ -1,0 +1,267 @@
+"""unmask_: from logits to written tokens in one call, for spans of many requests at once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdiff_runtime import _C
+from pdiff_runtime.ops import reference
+from pdiff_runtime.ops._library import (
+    DTYPE_CODES,
+    Impl,
+    check_no_grad,
+    check_tensor,
+    library,
+    pointer,
+    select_impl,
+)
+
+
+class Rule(StrEnum):
+    """Confidence by which a span ranks its positions; the published names are accepted too."""
+
+    ENTROPY = "entropy"
+    PROBABILITY = "probability"
+    MARGIN = "margin"
+    THRESHOLD = "threshold"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Rule | None:
+        published = {
+            "maskgit_plus": cls.PROBABILITY,
+            "topk_margin": cls.MARGIN,
+            "confidence_threshold": cls.THRESHOLD,
+        }
+        return published.get(str(value))
+
+
+class UnmaskStats(NamedTuple):
+    """What was decided for each row.
+
+    Attributes:
+        confidence: ``[num_rows]`` float32, higher is more certain; entropy is negative, in nats.
+        candidate: ``[num_rows]`` int64, the token that was or would be written; -1 if ``is_nan``.
+        is_nan: ``[num_rows]`` bool: the logits are no distribution (NaN, +inf, or all -inf).
+        is_written: ``[num_rows]`` bool.
+    """
+
+    confidence: Tensor
+    candidate: Tensor
+    is_nan: Tensor
+    is_written: Tensor
+
+
+_RULE_CODES = {rule: code for code, rule in enumerate(Rule)}
+
+# The settings a span may have of its own, and what the kernel reads.
+_SETTING_DTYPES = {
+    "threshold": torch.float32,
+    "temperature": torch.float32,
+    "top_p": torch.float32,
+    "top_k": torch.int32,
+    "alg_temp": torch.float32,
+    "step_idx": torch.int32,
+}
+
+
+def unmask_(
+    token_ids: Tensor,
+    logits: Tensor,
+    row_position: Tensor,
+    cu_rows_span: Tensor,
+    num_unmask: Tensor,
+    *,
+    rule: Rule | str = Rule.ENTROPY,
+    threshold: float | Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    alg_temp: float | Tensor = 0.0,
+    banned_ids: Tensor | None = None,
+    seeds: Tensor | None = None,
+    step_idx: int | Tensor = 0,
+    positions: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> UnmaskStats:
+    """Reveal the most certain masked tokens of each span, in place.
+
+    A row's distribution is softmax after bans, temperature, top-p and top-k, in that order. Both
+    filters keep a prefix in the order (logit descending, id ascending): top-p the shortest whose
+    probability reaches ``top_p``, top-k its first ``top_k``, and at least one token. Temperature 0
+    takes the likeliest token (lowest id on ties) with confidence from the unscaled logits; above,
+    the token is a sample whose random numbers depend on (seed, position, step, id) alone.
+
+    ``threshold``, ``temperature``, ``top_p``, ``top_k``, ``alg_temp`` and ``step_idx`` are each one
+    value or ``[num_spans]`` (float32; ``top_k`` and ``step_idx`` int32), so requests with different
+    settings share a call.
+
+    Args:
+        token_ids: ``[total_tokens]`` int64, written in place.
+        logits: ``[num_rows, vocab_size]`` bfloat16 or float32, rows any stride apart; row r already
+            predicts ``token_ids[row_position[r]]``.
+        row_position: ``[num_rows]`` int32, ascending within a span.
+        cu_rows_span: ``[num_spans + 1]`` int32, from 0 to ``num_rows``.
+        num_unmask: ``[num_spans]`` int32; more than a span has reveals all of it.
+        rule: What positions are ranked by: ``entropy`` (sum p log p), ``probability`` of the token,
+            ``margin`` between the two likeliest, or ``threshold``: like probability, but of the
+            ``num_unmask`` best only the first and those with p >= ``threshold`` are written.
+        alg_temp: Above 0, positions are drawn without replacement from
+            softmax(confidence / alg_temp).
+        banned_ids: ``[num_banned]`` int64; -inf before everything else.
+        seeds: ``[num_rows]`` int64, default 0.
+        positions: ``[num_rows]`` int32 in place of ``row_position`` for the random numbers.
+
+    Returns:
+        Statistics per row. A row that is no distribution is flagged and never written.
+
+    Raises:
+        ValueError: A shape, dtype or device differs, e.g. "num_unmask: expected int32 [3], got
+            int64 [3]"; nothing has been written then.
+    """
+    settings = {
+        "threshold": threshold,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "alg_temp": alg_temp,
+        "step_idx": step_idx,
+    }
+    rule = _checked_rule(rule, threshold)
+    if torch.compiler.is_compiling():
+        tensors = [_as_tensor(name, value, num_unmask) for name, value in settings.items()]
+        result = torch.ops.pdiff.unmask_(
+            token_ids, logits, row_position, cu_rows_span, num_unmask, rule, *tensors,
+            banned_ids, seeds, positions, str(impl),
+        )  # fmt: skip
+        return UnmaskStats(*result)
+    return _run(
+        token_ids, logits, row_position, cu_rows_span, num_unmask, rule, settings,
+        banned_ids, seeds, positions, impl,
+    )  # fmt: skip
+
+
+def _run(
+    token_ids: Tensor,
+    logits: Tensor,
+    row_position: Tensor,
+    cu_rows_span: Tensor,
+    num_unmask: Tensor,
+    rule: Rule,
+    settings: dict[str, float | Tensor | None],
+    banned_ids: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    impl: Impl | str,
+) -> UnmaskStats:
+    device = logits.device
+    choice = select_impl(impl, device)
+    check_no_grad("unmask_", logits=logits)
+    check_tensor(
+        "logits", logits, tuple(DTYPE_CODES), ("num_rows", "vocab_size"), device, contiguous=False
+    )
+    num_rows, vocab_size = logits.shape
+    if vocab_size > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits: expected rows without gaps, got strides {logits.stride()}")
+    check_tensor("token_ids", token_ids, torch.int64, ("total_tokens",), device)
+    check_tensor("row_position", row_position, torch.int32, (num_rows,), device)
+    check_tensor("num_unmask", num_unmask, torch.int32, ("num_spans",), device)
+    num_spans = num_unmask.shape[0]
+    check_tensor("cu_rows_span", cu_rows_span, torch.int32, (num_spans + 1,), device)
+    if banned_ids is not None:
+        check_tensor("banned_ids", banned_ids, torch.int64, ("num_banned",), device)
+    if seeds is not None:
+        check_tensor("seeds", seeds, torch.int64, (num_rows,), device)
+    if positions is not None:
+        check_tensor("positions", positions, torch.int32, (num_rows,), device)
+    for name, value in settings.items():
+        if isinstance(value, Tensor):
+            check_tensor(name, value, _SETTING_DTYPES[name], (num_spans,), device)
+
+    if choice is Impl.REFERENCE:
+        return UnmaskStats(
+            *reference.unmask_(
+                token_ids, logits, row_position, cu_rows_span, num_unmask, rule=rule, **settings,
+                banned_ids=banned_ids, seeds=seeds, positions=positions,
+            )
+        )  # fmt: skip
+
+    stats = _empty_stats(logits)
+    _C.unmask(
+        pointer(token_ids), pointer(logits), pointer(row_position), pointer(cu_rows_span),
+        pointer(num_unmask), pointer(banned_ids), pointer(seeds), pointer(positions),
+        *(pointer(tensor) for tensor in stats),
+        DTYPE_CODES[logits.dtype], logits.stride(0), token_ids.shape[0], num_rows, num_spans,
+        vocab_size, 0 if banned_ids is None else banned_ids.shape[0], _RULE_CODES[rule],
+        *(_setting(name, settings[name]) for name in _KERNEL_SETTINGS),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return stats
+
+
+_KERNEL_SETTINGS = ("temperature", "top_p", "top_k", "alg_temp", "threshold", "step_idx")
+
+
+def _checked_rule(rule: Rule | str, threshold: float | Tensor | None) -> Rule:
+    try:
+        checked = Rule(rule)
+    except ValueError:
+        raise ValueError(f"rule: expected one of {', '.join(Rule)}, got {rule!r}") from None
+    if checked is Rule.THRESHOLD and threshold is None:
+        raise ValueError("threshold: expected a value with rule 'threshold', got None")
+    return checked
+
+
+def _setting(name: str, value: float | Tensor | None) -> tuple[int, float]:
+    """Address and value of a setting: one of them counts."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), 0
+    return 0, 0 if value is None else value
+
+
+def _as_tensor(name: str, value: float | Tensor | None, num_unmask: Tensor) -> Tensor:
+    """A setting as ``[num_spans]``, for the registered op."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full_like(num_unmask, value or 0, dtype=_SETTING_DTYPES[name])
+
+
+def _empty_stats(logits: Tensor) -> UnmaskStats:
+    num_rows = logits.shape[0]
+    return UnmaskStats(
+        confidence=logits.new_empty(num_rows, dtype=torch.float32),
+        candidate=logits.new_empty(num_rows, dtype=torch.int64),
+        is_nan=logits.new_empty(num_rows, dtype=torch.bool),
+        is_written=logits.new_empty(num_rows, dtype=torch.bool),
+    )
+
+
+library.define(
+    "unmask_(Tensor(a!) token_ids, Tensor logits, Tensor row_position, Tensor cu_rows_span, "
+    "Tensor num_unmask, str rule, Tensor threshold, Tensor temperature, Tensor top_p, "
+    "Tensor top_k, Tensor alg_temp, Tensor step_idx, Tensor? banned_ids, Tensor? seeds, "
+    "Tensor? positions, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(library, "unmask_", "CompositeExplicitAutograd")
+def _unmask_op(
+    token_ids: Tensor, logits: Tensor, row_position: Tensor, cu_rows_span: Tensor,
+    num_unmask: Tensor, rule: str, threshold: Tensor, temperature: Tensor, top_p: Tensor,
+    top_k: Tensor, alg_temp: Tensor, step_idx: Tensor, banned_ids: Tensor | None,
+    seeds: Tensor | None, positions: Tensor | None, impl: str,
+) -> UnmaskStats:  # fmt: skip
+    values = (threshold, temperature, top_p, top_k, alg_temp, step_idx)
+    settings = dict(zip(_SETTING_DTYPES, values, strict=True))
+    return _run(
+        token_ids, logits, row_position, cu_rows_span, num_unmask, Rule(rule), settings,
+        banned_ids, seeds, positions, impl,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("pdiff::unmask_", lib=library)
+def _unmask_fake(token_ids: Tensor, logits: Tensor, *args: object) -> UnmaskStats:
+    return _empty_stats(logits)
