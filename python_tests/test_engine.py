@@ -321,3 +321,18 @@ def test_a_threshold_rule_needs_a_threshold():
 def test_bad_plans_are_refused(llm, plan, message):
     with pytest.raises(ValueError, match=message):
         llm.generate([PROMPT], GenerationParams(plan=plan, max_tokens=50))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_drafting_the_plan_changes_forwards_and_nothing_else(
+    tiny_model, tiny_tags, llm, temperature
+):
+    plain = LLM(tiny_model, tags=tiny_tags, config=EngineConfig(draft_plan=False))
+    saved = 0
+    for seed in range(12):
+        params = GenerationParams(max_tokens=80, temperature=temperature, seed=seed)
+        prompt = [seed + 1, 2, 3]
+        (drafted,), (stepwise,) = llm.generate([prompt], params), plain.generate([prompt], params)
+        assert drafted.token_ids == stepwise.token_ids
+        saved += stepwise.usage.num_forwards - drafted.usage.num_forwards
+    assert saved > 0

@@ -60,7 +60,7 @@ class Engine:
             max_topics=config.max_topics,
             banned_ids=tuple(banned_ids),
         )
-        self.limits = Limits(tags, grammar, shape.length_unit)
+        self.limits = Limits(tags, grammar, shape.length_unit, config.draft_plan)
         topic_tags = (tags.topic_start, tags.topic_end, tags.async_start, tags.async_end)
         control = [*topic_tags, tags.sync, tags.mask]
         ar_mask = torch.ones(shape.vocab_size, dtype=torch.bool)
@@ -193,7 +193,7 @@ class Engine:
             if len(request.rounds) > num_rounds:  # a user's next round
                 events.append(self._plan_ready(request))
         else:
-            request.accept_token(predicted.token_id)
+            request.accept_tokens(predicted.token_ids)
             if request.phase is Phase.DENOISE:
                 events.append(self._plan_ready(request))
 

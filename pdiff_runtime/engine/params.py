@@ -32,6 +32,8 @@ class EngineConfig:
         max_logits_rows: Logits rows that are computed at once, which bounds their memory.
         max_topics: Topics a round may have.
         max_topic_tokens: Tokens a topic may have, its number included.
+        draft_plan: Let each plan forward also carry the tags that are likely to follow, for the
+            model to confirm: fewer forwards, the same plan.
     """
 
     max_requests: int = 64
@@ -40,9 +42,12 @@ class EngineConfig:
     max_logits_rows: int = 2048
     max_topics: int = 64
     max_topic_tokens: int = 64
+    draft_plan: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if field.name == "draft_plan":
+                continue
             value = getattr(self, field.name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name}: expected an integer >= 1, got {value!r}")

@@ -2,11 +2,12 @@
 
 A request is a state machine. :meth:`Request.work` says which rows it wants forwarded next and which
 of them predict something; the engine forwards the rows of all requests at once and gives back what
-was predicted through :meth:`Request.accept_token` or :meth:`Request.accept_denoised`.
+was predicted through :meth:`Request.accept_tokens` or :meth:`Request.accept_denoised`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from collections.abc import Sequence
@@ -70,15 +71,20 @@ class Work:
 
     Attributes:
         positions: Of the rows, runs of ascending positions.
+        token_ids: Of the rows.
         layout: Who sees whom; the same object as long as the rows stay the same.
         spans: For denoising, ``(span, masked positions, how many to write)``; the row before a
-            position predicts it. Empty when the last row predicts the next token.
+            position predicts it.
+        mask_idx: For writing token by token, the grammar's mask for what follows each of the last
+            rows, the drafted ones included; None bans nothing.
     """
 
     request: Request
     positions: list[int]
+    token_ids: list[int]
     layout: SpanLayout
     spans: list[tuple[Span, list[int], int]]
+    mask_idx: list[int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Limits:
     tags: ControlTokens
     grammar: PlanGrammar
     length_unit: int
+    draft_plan: bool
 
 
 class Request:
@@ -119,6 +126,7 @@ class Request:
         self._plan_start = self.prompt_len
         self._plan_state: PlanState | None = None
         self._pending: list[Run] = []
+        self._drafts: list[int] = []
         self._continues = False  # a sync, not the end, follows the round's spans
         self._layout: tuple[list[Run], SpanLayout] | None = None
 
@@ -138,12 +146,16 @@ class Request:
     def work(self) -> Work:
         """The rows to forward next."""
         runs = [*self._pending, *self._open_runs()]
+        mask_idx = self._draft_plan(runs)
         if self._layout is None or self._layout[0] != runs:
             segments = [(hi - lo, kind, intervals) for lo, hi, kind, intervals in runs]
             num_keys = max(hi for _, hi, _, _ in runs)
             self._layout = runs, SpanLayout.from_segments(num_keys, segments)
         positions = [position for lo, hi, _, _ in runs for position in range(lo, hi)]
-        return Work(self, positions, self._layout[1], self._unmask_work())
+        known = [*self.token_ids, *self._drafts]
+        token_ids = [known[position] for position in positions]
+        layout = self._layout[1]
+        return Work(self, positions, token_ids, layout, self._unmask_work(), mask_idx)
 
     def forwarded(self) -> None:
         """The rows of :meth:`work` have their keys and values."""
@@ -152,24 +164,63 @@ class Request:
 
     # --- tokens one by one ---
 
-    @property
-    def allowed_mask_idx(self) -> int | None:
-        """Row of the grammar's mask table for the next token; None where nothing is banned."""
-        return None if self._plan_state is None else self._plan_state.mask_idx
+    def _draft_plan(self, runs: list[Run]) -> list[int | None]:
+        """Add a plan's structure to the rows, for the model to confirm in the same forward.
 
-    def accept_token(self, token_id: int) -> None:
-        """The next token after the last row."""
+        After a number ``topic_end`` and ``topic_start`` are likely, after a topic the next one.
+        Where the model decides otherwise the draft is dropped: random numbers belong to positions,
+        so the plan is the one that token by token would give.
+        """
+        self._drafts = []
+        state = self._plan_state
+        if self.phase is not Phase.PLAN or state is None:
+            return [None] if self.phase is Phase.PLAN else []
+        mask_idx: list[int | None] = [state.mask_idx]
+        if not self.limits.draft_plan:
+            return mask_idx
+        last = self.token_ids[-1]
+        if last in self.tags.digits and state.is_in_topic:
+            likely = [self.tags.topic_end, self.tags.topic_start]
+        elif last == self.tags.topic_end or len(self.token_ids) == self._plan_start:
+            likely = [self.tags.topic_start]
+        else:
+            likely = []
+        state = copy.copy(state)
+        for token_id in likely:
+            if not state.allowed_mask()[token_id]:
+                break
+            state.advance(token_id)
+            self._drafts.append(token_id)
+            mask_idx.append(state.mask_idx)
+        if self._drafts:
+            lo, hi, kind, _ = runs[-1]
+            hi += len(self._drafts)
+            runs[-1] = lo, hi, kind, [(0, hi)]
+            self.pages.grow(hi)
+        return mask_idx
+
+    def accept_tokens(self, token_ids: Sequence[int]) -> None:
+        """What the last rows predict; only those behind confirmed drafts count."""
+        drafts = [*self._drafts, None]
+        for token_id, draft in zip(token_ids, drafts, strict=True):
+            self._accept_token(token_id)
+            if token_id != draft or self.phase is not Phase.PLAN:
+                return
+
+    def _accept_token(self, token_id: int) -> None:
         if self._plan_state is not None:
             self._plan_state.advance(token_id)
         is_end = token_id == self.tags.eos
         is_sync = token_id == self.tags.sync and self.params.mode == "planned"
         if is_end or is_sync:
+            self._pending = []
             self._close_plan(continues=is_sync)
             return
         self.token_ids.append(token_id)
         if self.remaining == 0:
             self._close_plan(continues=False, is_cut=True)
             return
+        self._pending = []
         self._append_causal(len(self.token_ids) - 1)
 
     def _start_plan(self) -> None:

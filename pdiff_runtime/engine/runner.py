@@ -22,12 +22,12 @@ class Predicted:
     """What the forward decided for one request.
 
     Attributes:
-        token_id: The next token, for a request that writes one by one.
+        token_ids: What follows each of the last rows, for a request that writes one by one.
         writes: ``(position, token_id)`` pairs, for one that denoises.
         is_nan: Some logits of the request were not numbers; nothing else is meaningful then.
     """
 
-    token_id: int = -1
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     writes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     is_nan: bool = False
 
@@ -82,19 +82,20 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Predicted]:
         """Forward every row once; the results are in the order of ``works``."""
-        token_ids = torch.tensor(
-            [work.request.token_ids[p] for work in works for p in work.positions]
-        )
+        token_ids = torch.tensor([token_id for work in works for token_id in work.token_ids])
         hidden = self.model(token_ids, self._attend(works))
         first_row = list(itertools.accumulate((len(w.positions) for w in works), initial=0))
         predicted: list[Predicted] = [Predicted()] * len(works)
 
-        writers = [i for i, work in enumerate(works) if not work.spans]
+        writers = [
+            _RowJob(i, row) for i, work in enumerate(works) for row in range(len(work.mask_idx))
+        ]
         for part in _parts(writers, self.max_logits_rows):
-            rows = torch.tensor([first_row[i + 1] - 1 for i in part])
-            requests = [works[i].request for i in part]
-            for i, result in zip(part, self._next_tokens(hidden[rows], requests), strict=True):
-                predicted[i] = result
+            for job, token_id, is_nan in self._next_tokens(hidden, part, works, first_row):
+                seen = predicted[job.work_idx]
+                predicted[job.work_idx] = Predicted(
+                    token_ids=[*seen.token_ids, token_id], is_nan=seen.is_nan or is_nan
+                )
 
         for rule in RULES:
             jobs = [
@@ -138,16 +139,29 @@ class Runner:
         self._prepared = layouts, attend
         return attend
 
-    def _next_tokens(self, hidden: Tensor, requests: Sequence[Request]) -> list[Predicted]:
+    def _next_tokens(
+        self,
+        hidden: Tensor,
+        jobs: Sequence[_RowJob],
+        works: Sequence[Work],
+        first_row: Sequence[int],
+    ) -> Iterator[tuple[_RowJob, int, bool]]:
         """Sample one token per row; a row is a span of one position to the kernel."""
-        logits = self.model.logits(hidden)
-        for row, request in enumerate(requests):
-            if request.params.mode == "ar":
+        of_job = [works[job.work_idx] for job in jobs]
+        # Rows count from the end of their work, the last of `mask_idx` being the last row.
+        rows = [
+            first_row[job.work_idx + 1] - len(work.mask_idx) + job.row_idx
+            for job, work in zip(jobs, of_job, strict=True)
+        ]
+        logits = self.model.logits(hidden[torch.tensor(rows)])
+        for row, (job, work) in enumerate(zip(jobs, of_job, strict=True)):
+            mask_idx = work.mask_idx[job.row_idx]
+            if work.request.params.mode == "ar":
                 logits[row].masked_fill_(~self.ar_mask, float("-inf"))
-            elif request.allowed_mask_idx is not None:
-                allowed = self.plan_masks[request.allowed_mask_idx]
-                logits[row].masked_fill_(~allowed, float("-inf"))
-        num = len(requests)
+            elif mask_idx is not None:
+                logits[row].masked_fill_(~self.plan_masks[mask_idx], float("-inf"))
+        num = len(jobs)
+        requests = [work.request for work in of_job]
         stats = ops.unmask_(
             torch.zeros(num, dtype=torch.int64),
             logits,
@@ -155,15 +169,13 @@ class Runner:
             torch.arange(num + 1, dtype=torch.int32),
             torch.ones(num, dtype=torch.int32),
             seeds=torch.tensor([request.seed for request in requests]),
-            positions=_int32([len(request.token_ids) for request in requests]),
+            positions=_int32(
+                [len(request.token_ids) + job.row_idx
+                 for job, request in zip(jobs, requests, strict=True)]
+            ),
             **_sampling(requests),
-        )
-        return [
-            Predicted(token_id=token_id, is_nan=is_nan)
-            for token_id, is_nan in zip(
-                stats.candidate.tolist(), stats.is_nan.tolist(), strict=True
-            )
-        ]
+        )  # fmt: skip
+        yield from zip(jobs, stats.candidate.tolist(), stats.is_nan.tolist(), strict=True)
 
     def _denoise(
         self, hidden: Tensor, jobs: Sequence[_SpanJob], rule: str
@@ -193,6 +205,14 @@ class Runner:
         for job, (lo, hi) in zip(jobs, itertools.pairwise(cu_rows), strict=True):
             pairs = zip(positions[lo:hi], written[lo:hi], strict=True)
             yield job, [(p, token_id) for p, token_id in pairs if token_id >= 0], any(is_nan[lo:hi])
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowJob:
+    """One of the last rows of a work, which predicts the token that follows it."""
+
+    work_idx: int
+    row_idx: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +250,7 @@ def _sampling(requests: Sequence[Request]) -> dict[str, Tensor]:
     }
 
 
-def _parts(items: list[int], size: int) -> Iterator[list[int]]:
+def _parts(items: list[_RowJob], size: int) -> Iterator[list[_RowJob]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
