@@ -103,6 +103,7 @@ class Engine:
         if any(request_id == r.request_id for r in (*self.waiting, *self.running)):
             raise ValueError(f"request_id: {request_id!r} is already there")
         self._check_prompt(prompt_ids)
+        self._check_ids("plan", [token_id for plan in user_rounds for token_id in plan])
         plan_tokens = sum(map(len, user_rounds)) - 1 if user_rounds else 0
         if plan_tokens > params.max_tokens:
             raise ValueError(
@@ -139,8 +140,9 @@ class Engine:
         """Admit what fits, forward once, and say what happened."""
         events: list[Event] = []
         self._admit(events)
-        if self.running:
-            works = [request.work() for request in self.running]
+        # A user's plan may end a request before its first forward.
+        works = [request.work() for request in self.running if request.phase is not Phase.DONE]
+        if works:
             for work, predicted in zip(works, self.runner.run(works), strict=True):
                 work.request.forwarded()
                 self._advance(work.request, predicted, events)
@@ -150,21 +152,25 @@ class Engine:
     def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
         if len(prompt_ids) == 0:
             raise ValueError("prompt: expected at least one token, got none")
-        vocab_size = self.model.config.vocab_size
+        self._check_ids("prompt", prompt_ids)
         control = {
             self.tags.topic_start, self.tags.topic_end, self.tags.async_start,
             self.tags.async_end, self.tags.sync, self.tags.mask,
         }  # fmt: skip
         for position, token_id in enumerate(prompt_ids):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"prompt: expected ids from 0 to {vocab_size - 1}, "
-                    f"got {token_id} at position {position}"
-                )
             if token_id in control:
                 raise ValueError(
                     f"prompt: control token {token_id} at position {position}, "
                     "which only the model may write"
+                )
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        vocab_size = self.model.config.vocab_size
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{name}: expected ids from 0 to {vocab_size - 1}, "
+                    f"got {token_id} at position {position}"
                 )
 
     def _admit(self, events: list[Event]) -> None:

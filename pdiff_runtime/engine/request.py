@@ -236,6 +236,9 @@ class Request:
 
     def _take_user_plan(self) -> None:
         *tokens, closing = self._user_rounds.pop(0)
+        if len(tokens) > self.remaining:
+            self.finish("length")
+            return
         start = len(self.token_ids)
         self.token_ids += tokens
         if tokens:
