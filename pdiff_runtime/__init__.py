@@ -1,9 +1,16 @@
 """Planned diffusion language models: plan token by token, then fill all planned spans at once."""
 
-from pdiff_runtime import ops, plan, train
-from pdiff_runtime.engine import LLM, EngineConfig, GenerationParams, RequestOutput
-from pdiff_runtime.models import Decoder, load_model
-from pdiff_runtime.plan import ControlTokens, SpanLayout
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pdiff_runtime import ops, plan, train
+    from pdiff_runtime._C import __version__
+    from pdiff_runtime.engine import LLM, EngineConfig, GenerationParams, RequestOutput
+    from pdiff_runtime.models import Decoder, load_model
+    from pdiff_runtime.plan import ControlTokens, SpanLayout
 
 __all__ = [
     "LLM",
@@ -13,8 +20,35 @@ __all__ = [
     "GenerationParams",
     "RequestOutput",
     "SpanLayout",
+    "__version__",
     "load_model",
     "ops",
     "plan",
     "train",
 ]
+
+_HOME_OF = {
+    "LLM": "engine",
+    "ControlTokens": "plan",
+    "Decoder": "models",
+    "EngineConfig": "engine",
+    "GenerationParams": "engine",
+    "RequestOutput": "engine",
+    "SpanLayout": "plan",
+    "__version__": "_C",
+    "load_model": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers ``--help`` without waiting for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOME_OF.get(name, name)}")
+    value = getattr(module, name) if name in _HOME_OF else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from pdiff_runtime.models.config import ModelConfig
@@ -24,9 +25,11 @@ def resolve_checkpoint(path_or_hub_id: str | Path | None, *, revision: str | Non
     """The folder of a checkpoint: None for the bundled model, a path, or a hub id to fetch.
 
     Raises:
-        ValueError: Neither a folder nor a hub id of the form ``owner/name``.
+        ValueError: Neither a folder nor a hub id of the form ``owner/name`` that can be fetched.
     """
     if path_or_hub_id is None:
+        if not (BUNDLED_MODEL / "config.json").is_file():
+            raise ValueError("model: this installation has no bundled model; name a folder or id")
         return BUNDLED_MODEL
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -34,7 +37,14 @@ def resolve_checkpoint(path_or_hub_id: str | Path | None, *, revision: str | Non
     name = str(path_or_hub_id)
     if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
         raise ValueError(f"model: no folder {name!r}, and it is no hub id (owner/name)")
-    return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"model: no folder {name!r}, and it cannot be fetched from the hub ({reason})"
+        ) from error
+    return Path(folder)
 
 
 def load_model(

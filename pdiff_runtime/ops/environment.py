@@ -60,6 +60,12 @@ class Environment:
 
     def report(self) -> str:
         """A few aligned lines for people."""
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as ``(name, text)``; what is missing is named "no ...", with the reason."""
         threads = "OpenMP" if self.openmp else "no OpenMP"
         torch_cuda = self.torch_cuda or "none"
         isa_built = ", ".join(self.isa_built)
@@ -84,8 +90,7 @@ class Environment:
         rows.append(("impls", ", ".join(self.impls)))
         rows.append(("extras", ", ".join(self.extras) or "none"))
         rows += [(f"no {name}", reason) for name, reason in self.unavailable.items()]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+        return rows
 
 
 def kernels_for(compute_capability: tuple[int, int], architectures: tuple[str, ...]) -> str:
