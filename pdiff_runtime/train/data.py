@@ -33,6 +33,25 @@ class TaggedDocument:
     family: str = ""
 
 
+def parse_document(line: str) -> TaggedDocument:
+    """One line of a training file.
+
+    Raises:
+        ValueError: The line is no document.
+    """
+    try:
+        record = json.loads(line)
+        prompt, text = record["prompt"], record["text"]
+        family = record.get("family", "")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"expected a JSON object with prompt and text, got {line[:60]!r} ({error!r})"
+        ) from error
+    if not all(isinstance(field, str) for field in (prompt, text, family)):
+        raise ValueError("prompt, text and family must be strings")
+    return TaggedDocument(prompt, text, family)
+
+
 def read_documents(path: str | Path) -> Iterator[TaggedDocument]:
     """Documents of a JSONL file.
 
@@ -42,16 +61,9 @@ def read_documents(path: str | Path) -> Iterator[TaggedDocument]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-                prompt, text = record["prompt"], record["text"]
-                family = record.get("family", "")
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: expected a JSON object with prompt and text, got {error!r}"
-                ) from error
-            if not all(isinstance(field, str) for field in (prompt, text, family)):
-                raise ValueError(f"{path}:{number}: prompt, text and family must be strings")
-            yield TaggedDocument(prompt, text, family)
+                yield parse_document(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
