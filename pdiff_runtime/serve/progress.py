@@ -1,0 +1,66 @@
+"""How a training run is doing: a bar per stage on a terminal, else a line per log record."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import click
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pdiff_runtime.train.recipe import Recipe
+
+Record = dict[str, float | int | str]
+
+
+class TrainingProgress:
+    """Shows the log records of a :class:`pdiff_runtime.train.loop.Trainer`.
+
+    Args:
+        recipe: Names and lengths of its stages.
+        is_live: Draw bars instead of printing lines.
+    """
+
+    def __init__(self, recipe: Recipe, *, is_live: bool) -> None:
+        self.num_tokens = {stage.name: stage.num_tokens for stage in recipe.stages}
+        self._bars: Progress | None = None
+        self._task_of: dict[str, TaskID] = {}
+        self._preparing = TaskID(0)
+        if is_live:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(),
+                TextColumn("{task.percentage:>5.1f}%"),
+                TextColumn("{task.fields[note]}", style="dim"), TimeRemainingColumn(),
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        if self._bars is not None:
+            self._preparing = self._bars.add_task("preparing data", total=None, note="")
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if self._bars is not None:
+            self._bars.stop()
+
+    def log(self, record: Record) -> None:
+        """Show one record."""
+        stage, total = str(record["stage"]), self.num_tokens[str(record["stage"])]
+        losses = f"ar {record['loss_ar']:.3f}  span {record['loss_span']:.3f}"
+        if self._bars is None:
+            click.echo(
+                f"{stage}  step {record['step']}  tokens {record['tokens']}/{total}  "
+                f"loss {record['loss']:.4f}  {losses}  lr {record['lr']:.2e}  "
+                f"{record['seconds']:.0f} s"
+            )
+            return
+        self._bars.update(self._preparing, visible=False)
+        note = f"step {record['step']}  {losses}"
+        if stage not in self._task_of:
+            self._task_of[stage] = self._bars.add_task(stage, total=total, note=note)
+        self._bars.update(
+            self._task_of[stage], completed=min(int(record["tokens"]), total), note=note
+        )
