@@ -139,6 +139,21 @@ TEST(masks_and_reductions) {
   CHECK(all(not_less(nan, one)) && !any(nan >= one) && !any(nan < one));
 }
 
+TEST(transpose_swaps_rows_and_lanes) {
+  Vec rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    float row[kLanes];
+    for (int j = 0; j < kLanes; ++j) row[j] = 100.0f * i + j;
+    rows[i] = load(row);
+  }
+  transpose(rows);
+  for (int i = 0; i < kLanes; ++i) {
+    float row[kLanes];
+    store(row, rows[i]);
+    for (int j = 0; j < kLanes; ++j) CHECK(row[j] == 100.0f * j + i);
+  }
+}
+
 TEST(tails_touch_nothing_else) {
   check_tails(-1.0f);
   check_tails(bfloat16{0xbf80});

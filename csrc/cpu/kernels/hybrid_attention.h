@@ -2,63 +2,23 @@
 
 // The body of hybrid attention in float, compiled once per instruction set.
 //
-// A query tile holds the rows of some tokens, all heads of a KV head's group: row = token * heads +
-// head. Scores are kept transposed, keys down and rows across, so that a vector holds the scores of
-// one key for kLanes rows: softmax then needs no reduction across lanes and keys no transposition.
+// Scores are kept transposed, keys down and rows across, so that a vector holds the scores of one
+// key for kLanes rows: softmax then needs no reduction across lanes and keys no transposition.
 //
 //   s^T <- k @ q^T,  p^T <- exp2(s^T - m),  out <- alpha * out + p @ v
 //
-// A key tile is copied to floats once and serves all rows of the tile, one panel of rows at a time.
-// A panel's p^T, its q^T and the columns of v in use stay in the first-level cache.
+// A key tile is copied to floats once and serves all rows of the query tile, one panel at a time. A
+// panel's p^T, its q^T and the columns of v in use stay in the first-level cache.
 
 #include <math.h>
 
 #include <cstdint>
 
-#include "common/tile_walk.h"
-#include "cpu/hybrid_attention.h"
+#include "cpu/kernels/attention_tile.h"
 #include "cpu/kernels/product.h"
 
 namespace pdiff::cpu::PDIFF_ISA {
 namespace {
-
-constexpr int kPanelRows = 32;
-constexpr int kTileKeys = 128;
-
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
-constexpr float kNoScore = -1e30f;  // below every score; finite, so that differences are no NaN
-
-PDIFF_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Hands out pieces of a workspace, each starting on a cache line. With a null base it only counts.
-struct Arena {
-  float* base;
-  int64_t used = 0;
-  float* take(int64_t floats) {
-    float* piece = base == nullptr ? nullptr : base + used;
-    used += (floats + 15) / 16 * 16;
-    return piece;
-  }
-};
-
-// Where the keys or values of one KV head of one sequence lie.
-template <typename T>
-struct KeyRows {
-  const T* base;
-  int64_t stride;
-  const int32_t* pages;
-  int64_t page_stride;
-  int32_t page_size;  // 0: packed
-};
-
-template <typename T>
-PDIFF_INLINE KeyRows<T> key_rows(const PlanView& plan, const PlanSequence& sequence, int kv_head,
-                                 const void* data, int64_t stride, int64_t page_stride) {
-  const T* base = static_cast<const T*>(data) + int64_t{kv_head} * plan.header.head_dim;
-  if (plan.header.page_size == 0) base += sequence.key_begin * stride;
-  return {base, stride, plan.pages + sequence.page_begin, page_stride, plan.header.page_size};
-}
 
 template <typename T>
 PDIFF_INLINE void load_row(const T* from, int n, float* to) {
@@ -74,139 +34,108 @@ PDIFF_INLINE void store_row(const float* from, int n, T* to) {
   if (i < n) store_first(to + i, load(from + i), n - i);
 }
 
-// to[j] <- row key_lo + j
-template <typename T>
-void copy_keys(const KeyRows<T>& rows, int key_lo, int num_keys, int head_dim, float* to,
-               int64_t ld) {
-  if (rows.page_size == 0) {
-    for (int j = 0; j < num_keys; ++j) {
-      load_row(rows.base + (key_lo + j) * rows.stride, head_dim, to + j * ld);
-    }
-    return;
-  }
-  int page_idx = key_lo / rows.page_size, slot = key_lo % rows.page_size;
-  for (int j = 0; j < num_keys; ++j) {
-    const T* page = rows.base + rows.pages[page_idx] * rows.page_stride;
-    load_row(page + slot * rows.stride, head_dim, to + j * ld);
-    if (++slot == rows.page_size) {
-      slot = 0;
-      ++page_idx;
-    }
-  }
+PDIFF_INLINE void fill_zero(float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = 0.0f;
 }
 
-// Rows of a tile: tokens [token_lo, token_hi) of a sequence, heads [head_lo, head_hi).
-struct TileRows {
-  int token_lo, token_hi, head_lo, num_heads;
-  int num_tokens() const { return token_hi - token_lo; }
-  int num_rows() const { return num_tokens() * num_heads; }
-};
+template <typename T>
+void copy_keys(const KeyRows<T>& keys, const KeyTile& tile, int head_dim, float* to) {
+  const int64_t ld = row_floats(head_dim);
+  for_each_key(keys, tile.key_lo, tile.num_keys,
+               [&](int j, const T* row) { load_row(row, head_dim, to + j * ld); });
+}
 
 // to[panel][i][row in panel] <- scale * element i of the row. Rows past the last are zero.
 template <typename T>
 void transpose_rows(const T* base, int64_t stride, int head_dim, const TileRows& rows, float scale,
                     float* to) {
-  const int padded = round_up(rows.num_rows(), kPanelRows);
-  for (int row = 0; row < padded; ++row) {
-    float* column = to + int64_t{row / kPanelRows} * head_dim * kPanelRows + row % kPanelRows;
-    if (row >= rows.num_rows()) {
-      for (int i = 0; i < head_dim; ++i) column[i * kPanelRows] = 0.0f;
-      continue;
+  const T* from[Vec::kLanes];
+  int num_pending = 0;
+  const auto flush = [&](int row_lo) {
+    float* block = to + int64_t{row_lo / kPanelRows} * head_dim * kPanelRows + row_lo % kPanelRows;
+    for (int i = 0; i < head_dim; i += Vec::kLanes) {
+      const int n = min(head_dim - i, Vec::kLanes);
+      Vec square[Vec::kLanes];
+      for (int r = 0; r < Vec::kLanes; ++r) {
+        square[r] = r < num_pending ? load_first(from[r] + i, n) * broadcast(scale) : zero();
+      }
+      transpose(square);
+      for (int j = 0; j < n; ++j) store(block + (i + j) * kPanelRows, square[j]);
     }
-    const T* from = base + (rows.token_lo + row / rows.num_heads) * stride +
-                    int64_t{rows.head_lo + row % rows.num_heads} * head_dim;
-    alignas(64) float element[256];
-    load_row(from, head_dim, element);
-    for (int i = 0; i < head_dim; ++i) column[i * kPanelRows] = scale * element[i];
+    num_pending = 0;
+  };
+  for_each_row(rows, [&](int row, int token, int head) {
+    from[num_pending++] = base + token * stride + int64_t{head} * head_dim;
+    if (num_pending == Vec::kLanes) flush(row + 1 - Vec::kLanes);
+  });
+  for (int row = rows.num_rows() - num_pending; row < rows.padded_rows(); row += Vec::kLanes) {
+    flush(row);
   }
 }
 
-// Which keys of a key tile each row of a query tile sees: a prefix of them.
-struct PanelView {
-  int keys_max, keys_min;  // over the panel's rows
-};
-
-// limit[row] <- keys of the tile that the row sees; rows past the last repeat it.
-PDIFF_INLINE PanelView panel_limits(const int32_t* visible,  // by token, from the run's start
-                                    const TileRows& rows, int panel, int key_offset, int num_keys,
-                                    float* limit) {  // [kPanelRows]
-  PanelView view{0, num_keys};
-  for (int i = 0; i < kPanelRows; ++i) {
-    const int row = panel * kPanelRows + i;
-    const int last = rows.num_rows() - 1;
-    const int token = (row < last ? row : last) / rows.num_heads;
-    int keys = visible[token] - key_offset;
-    keys = keys < 0 ? 0 : keys > num_keys ? num_keys : keys;
-    limit[i] = static_cast<float>(keys);
-    if (keys > view.keys_max) view.keys_max = keys;
-    if (keys < view.keys_min) view.keys_min = keys;
-  }
-  return view;
-}
-
-// One online softmax step over the scores of `keys` keys for the rows of a panel, in place:
-// m' <- max(m, max_j s_j), alpha <- exp2(m - m'), p_j <- exp2(s_j - m'), l <- alpha * l + sum_j
-// p_j.
-template <bool kMasked>
-PDIFF_INLINE void softmax_step(float* s, int keys, int cols, const float* limit, float* m, float* l,
-                               float* alpha) {
+// One step of online softmax over the scores of some keys for one panel, in place:
+// m' <- max(m, max_j s_j), alpha <- exp2(m - m'), p_j <- exp2(s_j - m'), l <- alpha * l + sum_j p_j.
+template <bool kPartial>
+PDIFF_INLINE void softmax_step(float* s, int num_keys, int num_rows, const float* visible,
+                               int offset, float* m, float* l, float* alpha) {
   constexpr int kChains = 4;
-  for (int col = 0; col < cols; col += Vec::kLanes) {
-    const Vec seen = load(limit + col);
-    const auto is_seen = [&](int j) { return broadcast(static_cast<float>(j)) < seen; };
+  for (int row = 0; row < num_rows; row += Vec::kLanes) {
+    const Vec limit = load(visible + row);
+    const auto is_seen = [&](int j) { return broadcast(static_cast<float>(offset + j)) < limit; };
     Vec peak[kChains], sum[kChains];
     for (int c = 0; c < kChains; ++c) peak[c] = broadcast(kNoScore), sum[c] = zero();
     const auto raise = [&](int j, int chain) {
-      Vec score = load(s + j * kPanelRows + col);
-      if (kMasked) score = select(is_seen(j), score, broadcast(kNoScore));
+      Vec score = load(s + j * kPanelRows + row);
+      if (kPartial) score = select(is_seen(j), score, broadcast(kNoScore));
       peak[chain] = max(peak[chain], score);
     };
     int j = 0;
-    for (; j + kChains <= keys; j += kChains) {
+    for (; j + kChains <= num_keys; j += kChains) {
       for (int c = 0; c < kChains; ++c) raise(j + c, c);
     }
-    for (int c = 0; j + c < keys; ++c) raise(j + c, c);
-    const Vec old_m = load(m + col);
+    for (int c = 0; j + c < num_keys; ++c) raise(j + c, c);
+    const Vec old_m = load(m + row);
     const Vec new_m = max(old_m, max(max(peak[0], peak[1]), max(peak[2], peak[3])));
 
     const auto weigh = [&](int j, int chain) {
-      float* score = s + j * kPanelRows + col;
+      float* score = s + j * kPanelRows + row;
       Vec p = exp2(load(score) - new_m);
-      if (kMasked) p = select(is_seen(j), p, zero());
+      if (kPartial) p = select(is_seen(j), p, zero());
       store(score, p);
       sum[chain] = sum[chain] + p;
     };
     j = 0;
-    for (; j + kChains <= keys; j += kChains) {
+    for (; j + kChains <= num_keys; j += kChains) {
       for (int c = 0; c < kChains; ++c) weigh(j + c, c);
     }
-    for (int c = 0; j + c < keys; ++c) weigh(j + c, c);
+    for (int c = 0; j + c < num_keys; ++c) weigh(j + c, c);
     const Vec rescale = exp2(old_m - new_m);
-    store(alpha + col, rescale);
-    store(m + col, new_m);
-    store(l + col, fma(load(l + col), rescale, (sum[0] + sum[1]) + (sum[2] + sum[3])));
+    store(alpha + row, rescale);
+    store(m + row, new_m);
+    store(l + row, fma(load(l + row), rescale, (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 }
 
 struct ForwardBuffers {
-  float* qt;         // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
-  float* out;        // [rows][ld]
-  float* k;          // [kTileKeys][ld]
-  float* v;          // [kTileKeys][ld]
-  float* s;          // [kTileKeys][kPanelRows]
-  float* m;          // [rows] running maximum, in units of log2
-  float* l;          // [rows] running sum
-  float* alpha;      // [kPanelRows]
-  float* limit;      // [kPanelRows]
-  int32_t* visible;  // [tile_rows]
-  int64_t floats;
+  float* qt;     // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
+  float* out;    // [rows][ld]
+  float* k;      // [kTileKeys][ld]
+  float* v;      // [kTileKeys][ld]
+  float* s;      // [kTileKeys][kPanelRows]
+  float* m;      // [rows] running maximum, in units of log2
+  float* l;      // [rows] running sum
+  float* alpha;  // [kPanelRows]
+  VisibleKeys visible;
 
-  ForwardBuffers(const PlanHeader& plan, float* workspace) {
-    const int group_size = plan.num_heads_q / plan.num_heads_kv;
-    const int rows = round_up(plan.tile_rows * group_size, kPanelRows);
-    const int64_t ld = row_floats(plan.head_dim);
-    Arena arena{workspace};
-    qt = arena.take(int64_t{rows} * plan.head_dim);
+  ForwardBuffers(const PlanHeader& plan, Arena& arena)
+      : ForwardBuffers(arena, plan.tile_rows, plan.num_heads_q / plan.num_heads_kv, plan.head_dim) {
+  }
+
+ private:
+  ForwardBuffers(Arena& arena, int tokens, int group_size, int head_dim)
+      : visible(arena, tokens, round_up(tokens * group_size, kPanelRows)) {
+    const int64_t rows = round_up(tokens * group_size, kPanelRows), ld = row_floats(head_dim);
+    qt = arena.take(rows * head_dim);
     out = arena.take(rows * ld);
     k = arena.take(kTileKeys * ld);
     v = arena.take(kTileKeys * ld);
@@ -214,9 +143,6 @@ struct ForwardBuffers {
     m = arena.take(rows);
     l = arena.take(rows);
     alpha = arena.take(kPanelRows);
-    limit = arena.take(kPanelRows);
-    visible = reinterpret_cast<int32_t*>(arena.take(plan.tile_rows));
-    floats = arena.used;
   }
 };
 
@@ -225,143 +151,131 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
                   float* workspace) {
   const PlanHeader& plan = params.plan.header;
   const PlanSequence& sequence = params.plan.sequences[tile.sequence];
-  const SegmentsView segments = segments_of(params.plan, sequence);
-  const int group_size = plan.num_heads_q / plan.num_heads_kv;
+  const int group_size = plan.num_heads_q / plan.num_heads_kv, head_dim = plan.head_dim;
   const TileRows rows{tile.row_lo, tile.row_hi, kv_head * group_size, group_size};
-  const int num_rows = rows.num_rows(), padded_rows = round_up(num_rows, kPanelRows);
-  const int head_dim = plan.head_dim;
+  const int num_rows = rows.num_rows();
   const int64_t ld = row_floats(head_dim);
-  const ForwardBuffers x(plan, workspace);
-  const auto keys =
-      key_rows<T>(params.plan, sequence, kv_head, params.k, params.k_stride, params.k_page_stride);
-  const auto values =
-      key_rows<T>(params.plan, sequence, kv_head, params.v, params.v_stride, params.v_page_stride);
+  const auto keys = key_rows<T>(params.plan, sequence, kv_head, params.k, params.k_stride,
+                                params.k_page_stride);
+  const auto values = key_rows<T>(params.plan, sequence, kv_head, params.v, params.v_stride,
+                                  params.v_page_stride);
+  Arena arena{workspace};
+  ForwardBuffers x(plan, arena);
 
   const T* q = static_cast<const T*>(params.q) + sequence.row_begin * params.q_stride;
   transpose_rows(q, params.q_stride, head_dim, rows, params.softmax_scale * kLog2E, x.qt);
-  for (int row = 0; row < padded_rows; ++row) x.m[row] = kNoScore, x.l[row] = 0.0f;
-  for (int64_t i = 0; i < padded_rows * ld; ++i) x.out[i] = 0.0f;
+  for (int row = 0; row < rows.padded_rows(); ++row) x.m[row] = kNoScore, x.l[row] = 0.0f;
+  fill_zero(x.out, rows.padded_rows() * ld);
 
-  KeyRun run{0, 0};
-  for (int next = 0; next_run(segments, tile.segment, tile.row_hi, next, &run);
-       next = run.key_lo + 1) {
-    visible_in_run(segments, tile.segment, tile.row_lo, tile.row_hi, run, x.visible);
-    for (int key_lo = run.key_lo; key_lo < run.key_hi; key_lo += kTileKeys) {
-      const int num_keys = run.key_hi - key_lo < kTileKeys ? run.key_hi - key_lo : kTileKeys;
-      copy_keys(keys, key_lo, num_keys, head_dim, x.k, ld);
-      copy_keys(values, key_lo, num_keys, head_dim, x.v, ld);
-      for (int row = 0; row < num_rows; row += kPanelRows) {
-        const PanelView view =
-            panel_limits(x.visible, rows, row / kPanelRows, key_lo - run.key_lo, num_keys, x.limit);
-        if (view.keys_max == 0) continue;
-        const int panel_rows = num_rows - row < kPanelRows ? num_rows - row : kPanelRows;
-        const int cols = round_up(panel_rows, Vec::kLanes);
-        // s^T <- k @ q^T
-        product<Init::kZero, Layout::kRowMajor>({.a = x.k,
-                                                 .lda = ld,
-                                                 .b = x.qt + int64_t{row} * head_dim,
-                                                 .ldb = kPanelRows,
-                                                 .c = x.s,
-                                                 .ldc = kPanelRows,
-                                                 .depth = head_dim,
-                                                 .scale = nullptr},
-                                                view.keys_max, cols);
-        if (view.keys_min == view.keys_max) {
-          softmax_step<false>(x.s, view.keys_max, cols, x.limit, x.m + row, x.l + row, x.alpha);
-        } else {
-          softmax_step<true>(x.s, view.keys_max, cols, x.limit, x.m + row, x.l + row, x.alpha);
-        }
-        // out <- alpha * out + p @ v
-        product<Init::kScale, Layout::kDepthMajor>({.a = x.s,
-                                                    .lda = kPanelRows,
-                                                    .b = x.v,
-                                                    .ldb = ld,
-                                                    .c = x.out + row * ld,
-                                                    .ldc = ld,
-                                                    .depth = view.keys_max,
-                                                    .scale = x.alpha},
-                                                   panel_rows, head_dim);
-      }
+  const auto attend = [&](const KeyTile& key_tile) {
+    copy_keys(keys, key_tile, head_dim, x.k);
+    copy_keys(values, key_tile, head_dim, x.v);
+    for (int row = 0; row < num_rows; row += kPanelRows) {
+      const PanelKeys seen = panel_keys(x.visible, key_tile, row / kPanelRows);
+      if (seen.num_keys == 0) continue;
+      const int panel_rows = min(num_rows - row, kPanelRows);
+      // s^T <- k @ q^T
+      product<Init::kZero, Layout::kRowMajor>({.a = x.k,
+                                               .lda = ld,
+                                               .b = x.qt + int64_t{row} * head_dim,
+                                               .ldb = kPanelRows,
+                                               .c = x.s,
+                                               .ldc = kPanelRows,
+                                               .depth = head_dim,
+                                               .scale = nullptr},
+                                              seen.num_keys, panel_rows);
+      const auto step = seen.partial ? softmax_step<true> : softmax_step<false>;
+      step(x.s, seen.num_keys, panel_rows, x.visible.by_row + row, key_tile.offset, x.m + row,
+           x.l + row, x.alpha);
+      // out <- alpha * out + p @ v
+      product<Init::kScale, Layout::kDepthMajor>({.a = x.s,
+                                                  .lda = kPanelRows,
+                                                  .b = x.v,
+                                                  .ldb = ld,
+                                                  .c = x.out + row * ld,
+                                                  .ldc = ld,
+                                                  .depth = seen.num_keys,
+                                                  .scale = x.alpha},
+                                                 panel_rows, head_dim);
     }
-  }
+  };
+  for_each_key_tile(segments_of(params.plan, sequence), tile.segment, rows, x.visible, attend);
 
-  for (int row = 0; row < num_rows; ++row) {
-    const int64_t token = sequence.row_begin + tile.row_lo + row / group_size;
-    const int head = rows.head_lo + row % group_size;
+  for_each_row(rows, [&](int row, int token, int head) {
     const bool sees_a_key = x.l[row] != 0.0f;
     const Vec inverse = broadcast(sees_a_key ? 1.0f / x.l[row] : 0.0f);
     float* out = x.out + row * ld;
     for (int i = 0; i < head_dim; i += Vec::kLanes) store(out + i, load(out + i) * inverse);
+    const int64_t packed_row = int64_t{sequence.row_begin} + token;
     store_row(out, head_dim,
-              static_cast<T*>(params.out) + (token * plan.num_heads_q + head) * head_dim);
+              static_cast<T*>(params.out) + (packed_row * plan.num_heads_q + head) * head_dim);
     if (params.lse != nullptr) {
-      params.lse[int64_t{head} * plan.total_q + token] =
+      params.lse[int64_t{head} * plan.total_q + packed_row] =
           sees_a_key ? x.m[row] * kLn2 + logf(x.l[row]) : -INFINITY;
     }
-  }
+  });
 }
 
-// The backward keeps rows of the tile both transposed (to be multiplied by keys) and as they are
+// The backward keeps the rows of a tile both transposed (to be multiplied by keys) and as they are
 // (to be summed into keys):
 //
 //   p^T <- exp2(k @ q^T - lse),  ds^T <- p^T * (v @ dout^T - delta)
 //   dv <- dv + p^T @ dout,  dk <- dk + ds^T @ q,  dq <- dq + ds @ k
 struct BackwardBuffers {
-  float* qt;         // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
-  float* dout_t;     // [panels][head_dim][kPanelRows]
-  float* q;          // [rows][ld], times softmax_scale
-  float* dout;       // [rows][ld]
-  float* dq;         // [rows][ld]
-  float* k;          // [kTileKeys][ld]
-  float* v;          // [kTileKeys][ld]
-  float* p;          // [kTileKeys][kPanelRows]
-  float* ds;         // [kTileKeys][kPanelRows]
-  float* lse;        // [rows], in units of log2
-  float* delta;      // [rows], sum(dout * out) - dlse
-  float* limit;      // [kPanelRows]
-  int32_t* visible;  // [tokens]
-  int64_t floats;
+  static constexpr int kRows = 128;
 
-  BackwardBuffers(const PlanHeader& plan, float* workspace);
+  float* qt;      // [panels][head_dim][kPanelRows], times softmax_scale * log2(e)
+  float* dout_t;  // [panels][head_dim][kPanelRows]
+  float* q;       // [rows][ld], times softmax_scale
+  float* dout;    // [rows][ld]
+  float* dq;      // [rows][ld]
+  float* k;       // [kTileKeys][ld]
+  float* v;       // [kTileKeys][ld]
+  float* p;       // [kTileKeys][kPanelRows]
+  float* ds;      // [kTileKeys][kPanelRows]
+  float* lse;     // [rows], in units of log2
+  float* delta;   // [rows], sum(dout * out) - dlse
+  VisibleKeys visible;
+
+  static int tokens(int num_heads) { return max(1, kRows / num_heads); }
+
+  BackwardBuffers(const PlanHeader& plan, Arena& arena)
+      : visible(arena, kRows, max_rows(plan)) {
+    const int64_t rows = max_rows(plan), ld = row_floats(plan.head_dim);
+    qt = arena.take(rows * plan.head_dim);
+    dout_t = arena.take(rows * plan.head_dim);
+    q = arena.take(rows * ld);
+    dout = arena.take(rows * ld);
+    dq = arena.take(rows * ld);
+    k = arena.take(kTileKeys * ld);
+    v = arena.take(kTileKeys * ld);
+    p = arena.take(kTileKeys * kPanelRows);
+    ds = arena.take(kTileKeys * kPanelRows);
+    lse = arena.take(rows);
+    delta = arena.take(rows);
+  }
+
+ private:
+  static int max_rows(const PlanHeader& plan) {
+    return round_up(max(kRows, plan.num_heads_q / plan.num_heads_kv), kPanelRows);
+  }
 };
 
-constexpr int kBackwardRows = 128;
-PDIFF_INLINE int backward_tokens(int num_heads) {
-  return num_heads < kBackwardRows ? kBackwardRows / num_heads : 1;
-}
-
-BackwardBuffers::BackwardBuffers(const PlanHeader& plan, float* workspace) {
-  const int group_size = plan.num_heads_q / plan.num_heads_kv;
-  const int rows = group_size < kBackwardRows ? kBackwardRows : round_up(group_size, kPanelRows);
-  const int64_t ld = row_floats(plan.head_dim);
-  Arena arena{workspace};
-  qt = arena.take(int64_t{rows} * plan.head_dim);
-  dout_t = arena.take(int64_t{rows} * plan.head_dim);
-  q = arena.take(rows * ld);
-  dout = arena.take(rows * ld);
-  dq = arena.take(rows * ld);
-  k = arena.take(kTileKeys * ld);
-  v = arena.take(kTileKeys * ld);
-  p = arena.take(kTileKeys * kPanelRows);
-  ds = arena.take(kTileKeys * kPanelRows);
-  lse = arena.take(rows);
-  delta = arena.take(rows);
-  limit = arena.take(kPanelRows);
-  visible = reinterpret_cast<int32_t*>(arena.take(kBackwardRows));
-  floats = arena.used;
-}
-
 // p^T <- exp2(s^T - lse), ds^T <- p^T * (dp^T - delta), in place of s^T and dp^T
-template <bool kMasked>
-PDIFF_INLINE void softmax_gradient(float* p, float* ds, int keys, int cols, const float* limit,
-                                   const float* lse, const float* delta) {
-  for (int col = 0; col < cols; col += Vec::kLanes) {
-    const Vec seen = load(limit + col), lse_v = load(lse + col), delta_v = load(delta + col);
-    for (int j = 0; j < keys; ++j) {
-      Vec weight = exp2(load(p + j * kPanelRows + col) - lse_v);
-      if (kMasked) weight = select(broadcast(static_cast<float>(j)) < seen, weight, zero());
-      store(p + j * kPanelRows + col, weight);
-      store(ds + j * kPanelRows + col, weight * (load(ds + j * kPanelRows + col) - delta_v));
+template <bool kPartial>
+PDIFF_INLINE void softmax_gradient(float* p, float* ds, int num_keys, int num_rows,
+                                   const float* visible, int offset, const float* lse,
+                                   const float* delta) {
+  for (int row = 0; row < num_rows; row += Vec::kLanes) {
+    const Vec limit = load(visible + row), row_lse = load(lse + row), row_delta = load(delta + row);
+    for (int j = 0; j < num_keys; ++j) {
+      float *p_j = p + j * kPanelRows + row, *ds_j = ds + j * kPanelRows + row;
+      Vec weight = exp2(load(p_j) - row_lse);
+      if (kPartial) {
+        weight = select(broadcast(static_cast<float>(offset + j)) < limit, weight, zero());
+      }
+      store(p_j, weight);
+      store(ds_j, weight * (load(ds_j) - row_delta));
     }
   }
 }
@@ -369,110 +283,90 @@ PDIFF_INLINE void softmax_gradient(float* p, float* ds, int keys, int cols, cons
 template <typename T>
 void backward_tile(const HybridAttentionBackwardParams& params,
                    const HybridAttentionBackwardTask& task, const TileRows& rows, int segment,
-                   const BackwardBuffers& x) {
+                   BackwardBuffers& x) {
   const PlanHeader& plan = params.plan.header;
   const PlanSequence& sequence = params.plan.sequences[task.sequence];
-  const SegmentsView segments = segments_of(params.plan, sequence);
-  const int num_rows = rows.num_rows(), padded_rows = round_up(num_rows, kPanelRows);
-  const int head_dim = plan.head_dim;
+  const int num_rows = rows.num_rows(), head_dim = plan.head_dim;
   const int64_t ld = row_floats(head_dim);
-  const int64_t row_elements = int64_t{plan.num_heads_q} * head_dim;
+  const int64_t token_elements = int64_t{plan.num_heads_q} * head_dim;
   const auto keys = key_rows<T>(params.plan, sequence, task.kv_head, params.k, params.k_stride, 0);
   const auto values =
       key_rows<T>(params.plan, sequence, task.kv_head, params.v, params.v_stride, 0);
 
   const T* q = static_cast<const T*>(params.q) + sequence.row_begin * params.q_stride;
-  const T* out = static_cast<const T*>(params.out) + sequence.row_begin * row_elements;
-  const T* dout = static_cast<const T*>(params.dout) + sequence.row_begin * row_elements;
+  const T* out = static_cast<const T*>(params.out) + sequence.row_begin * token_elements;
+  const T* dout = static_cast<const T*>(params.dout) + sequence.row_begin * token_elements;
+  const Vec scale = broadcast(params.softmax_scale);
   transpose_rows(q, params.q_stride, head_dim, rows, params.softmax_scale * kLog2E, x.qt);
-  transpose_rows(dout, row_elements, head_dim, rows, 1.0f, x.dout_t);
-  for (int row = 0; row < padded_rows; ++row) {
-    const bool exists = row < num_rows;
-    const int token = rows.token_lo + (exists ? row / rows.num_heads : 0);
-    const int head = rows.head_lo + (exists ? row % rows.num_heads : 0);
-    const int64_t offset = token * row_elements + int64_t{head} * head_dim;
+  transpose_rows(dout, token_elements, head_dim, rows, 1.0f, x.dout_t);
+  for_each_row(rows, [&](int row, int token, int head) {
+    const int64_t offset = token * token_elements + int64_t{head} * head_dim;
     const int64_t stat = int64_t{head} * plan.total_q + sequence.row_begin + token;
-    float* row_q = x.q + row * ld;
-    float* row_dout = x.dout + row * ld;
+    float *row_q = x.q + row * ld, *row_dout = x.dout + row * ld;
     load_row(q + token * params.q_stride + int64_t{head} * head_dim, head_dim, row_q);
     load_row(dout + offset, head_dim, row_dout);
     Vec delta = zero();
     for (int i = 0; i < head_dim; i += Vec::kLanes) {
-      const int left = head_dim - i;
-      delta = fma(load(row_dout + i), load_first(out + offset + i, left), delta);
-      store(row_q + i, load(row_q + i) * broadcast(params.softmax_scale));
+      delta = fma(load(row_dout + i), load_first(out + offset + i, head_dim - i), delta);
+      store(row_q + i, load(row_q + i) * scale);
     }
     x.delta[row] = reduce_add(delta) - (params.dlse != nullptr ? params.dlse[stat] : 0.0f);
     x.lse[row] = params.lse[stat] * kLog2E;
-  }
-  for (int64_t i = 0; i < padded_rows * ld; ++i) x.dq[i] = 0.0f;
+  });
+  for (int row = num_rows; row < rows.padded_rows(); ++row) x.lse[row] = x.delta[row] = 0.0f;
+  fill_zero(x.dq, num_rows * ld);
 
-  KeyRun run{0, 0};
-  for (int next = 0; next_run(segments, segment, rows.token_hi, next, &run);
-       next = run.key_lo + 1) {
-    visible_in_run(segments, segment, rows.token_lo, rows.token_hi, run, x.visible);
-    for (int key_lo = run.key_lo; key_lo < run.key_hi; key_lo += kTileKeys) {
-      const int num_keys = run.key_hi - key_lo < kTileKeys ? run.key_hi - key_lo : kTileKeys;
-      copy_keys(keys, key_lo, num_keys, head_dim, x.k, ld);
-      copy_keys(values, key_lo, num_keys, head_dim, x.v, ld);
-      for (int row = 0; row < num_rows; row += kPanelRows) {
-        const PanelView view =
-            panel_limits(x.visible, rows, row / kPanelRows, key_lo - run.key_lo, num_keys, x.limit);
-        if (view.keys_max == 0) continue;
-        const int panel_rows = num_rows - row < kPanelRows ? num_rows - row : kPanelRows;
-        const int cols = round_up(panel_rows, Vec::kLanes);
-        ProductOperands scores{.a = x.k,
-                               .lda = ld,
-                               .b = x.qt + int64_t{row} * head_dim,
-                               .ldb = kPanelRows,
-                               .c = x.p,
-                               .ldc = kPanelRows,
-                               .depth = head_dim,
-                               .scale = nullptr};
-        product<Init::kZero, Layout::kRowMajor>(scores, view.keys_max, cols);
-        scores.a = x.v, scores.b = x.dout_t + int64_t{row} * head_dim, scores.c = x.ds;
-        product<Init::kZero, Layout::kRowMajor>(scores, view.keys_max, cols);
-        if (view.keys_min == view.keys_max) {
-          softmax_gradient<false>(x.p, x.ds, view.keys_max, cols, x.limit, x.lse + row,
-                                  x.delta + row);
-        } else {
-          softmax_gradient<true>(x.p, x.ds, view.keys_max, cols, x.limit, x.lse + row,
-                                 x.delta + row);
-        }
-        ProductOperands to_keys{.a = x.p,
-                                .lda = kPanelRows,
-                                .b = x.dout + row * ld,
-                                .ldb = ld,
-                                .c = task.dv + key_lo * ld,
-                                .ldc = ld,
-                                .depth = panel_rows,
-                                .scale = nullptr};
-        product<Init::kAdd, Layout::kRowMajor>(to_keys, view.keys_max, head_dim);
-        to_keys.a = x.ds, to_keys.b = x.q + row * ld, to_keys.c = task.dk + key_lo * ld;
-        product<Init::kAdd, Layout::kRowMajor>(to_keys, view.keys_max, head_dim);
-        product<Init::kAdd, Layout::kDepthMajor>({.a = x.ds,
-                                                  .lda = kPanelRows,
-                                                  .b = x.k,
-                                                  .ldb = ld,
-                                                  .c = x.dq + row * ld,
-                                                  .ldc = ld,
-                                                  .depth = view.keys_max,
-                                                  .scale = nullptr},
-                                                 panel_rows, head_dim);
-      }
+  const auto attend = [&](const KeyTile& key_tile) {
+    copy_keys(keys, key_tile, head_dim, x.k);
+    copy_keys(values, key_tile, head_dim, x.v);
+    for (int row = 0; row < num_rows; row += kPanelRows) {
+      const PanelKeys seen = panel_keys(x.visible, key_tile, row / kPanelRows);
+      if (seen.num_keys == 0) continue;
+      const int panel_rows = min(num_rows - row, kPanelRows);
+      ProductOperands by_key{.a = x.k,
+                             .lda = ld,
+                             .b = x.qt + int64_t{row} * head_dim,
+                             .ldb = kPanelRows,
+                             .c = x.p,
+                             .ldc = kPanelRows,
+                             .depth = head_dim,
+                             .scale = nullptr};
+      product<Init::kZero, Layout::kRowMajor>(by_key, seen.num_keys, panel_rows);
+      by_key.a = x.v, by_key.b = x.dout_t + int64_t{row} * head_dim, by_key.c = x.ds;
+      product<Init::kZero, Layout::kRowMajor>(by_key, seen.num_keys, panel_rows);
+      const auto gradient = seen.partial ? softmax_gradient<true> : softmax_gradient<false>;
+      gradient(x.p, x.ds, seen.num_keys, panel_rows, x.visible.by_row + row, key_tile.offset,
+               x.lse + row, x.delta + row);
+      ProductOperands to_keys{.a = x.p,
+                              .lda = kPanelRows,
+                              .b = x.dout + row * ld,
+                              .ldb = ld,
+                              .c = task.dv + key_tile.key_lo * ld,
+                              .ldc = ld,
+                              .depth = panel_rows,
+                              .scale = nullptr};
+      product<Init::kAdd, Layout::kRowMajor>(to_keys, seen.num_keys, head_dim);
+      to_keys.a = x.ds, to_keys.b = x.q + row * ld, to_keys.c = task.dk + key_tile.key_lo * ld;
+      product<Init::kAdd, Layout::kRowMajor>(to_keys, seen.num_keys, head_dim);
+      product<Init::kAdd, Layout::kDepthMajor>({.a = x.ds,
+                                                .lda = kPanelRows,
+                                                .b = x.k,
+                                                .ldb = ld,
+                                                .c = x.dq + row * ld,
+                                                .ldc = ld,
+                                                .depth = seen.num_keys,
+                                                .scale = nullptr},
+                                               panel_rows, head_dim);
     }
-  }
+  };
+  for_each_key_tile(segments_of(params.plan, sequence), segment, rows, x.visible, attend);
 
-  T* dq = static_cast<T*>(params.dq) + sequence.row_begin * row_elements;
-  for (int row = 0; row < num_rows; ++row) {
+  T* dq = static_cast<T*>(params.dq) + sequence.row_begin * token_elements;
+  for_each_row(rows, [&](int row, int token, int head) {
     float* row_dq = x.dq + row * ld;
-    for (int i = 0; i < head_dim; i += Vec::kLanes) {
-      store(row_dq + i, load(row_dq + i) * broadcast(params.softmax_scale));
-    }
-    store_row(row_dq, head_dim,
-              dq + (rows.token_lo + row / rows.num_heads) * row_elements +
-                  int64_t{rows.head_lo + row % rows.num_heads} * head_dim);
-  }
+    for (int i = 0; i < head_dim; i += Vec::kLanes) store(row_dq + i, load(row_dq + i) * scale);
+    store_row(row_dq, head_dim, dq + token * token_elements + int64_t{head} * head_dim);
+  });
 }
 
 template <typename T>
@@ -481,15 +375,17 @@ void backward_task(const HybridAttentionBackwardParams& params,
   const PlanHeader& plan = params.plan.header;
   const PlanSequence& sequence = params.plan.sequences[task.sequence];
   const SegmentsView segments = segments_of(params.plan, sequence);
-  const BackwardBuffers buffers(plan, workspace);
-  const int64_t part_floats = sequence.num_keys * row_floats(plan.head_dim);
-  for (int64_t i = 0; i < part_floats; ++i) task.dk[i] = 0.0f, task.dv[i] = 0.0f;
+  Arena arena{workspace};
+  BackwardBuffers buffers(plan, arena);
+  fill_zero(task.dk, sequence.num_keys * row_floats(plan.head_dim));
+  fill_zero(task.dv, sequence.num_keys * row_floats(plan.head_dim));
 
-  const int num_heads = task.head_hi - task.head_lo, tokens = backward_tokens(num_heads);
+  const int num_heads = task.head_hi - task.head_lo;
+  const int tokens = BackwardBuffers::tokens(num_heads);
   int segment = 0;
   for (int token = 0; token < sequence.num_rows; token += tokens) {
     segment = find_segment(segments, segment, segments.num_segments, token);
-    const int token_hi = token + tokens < sequence.num_rows ? token + tokens : sequence.num_rows;
+    const int token_hi = min(token + tokens, sequence.num_rows);
     backward_tile<T>(params, task, {token, token_hi, task.head_lo, num_heads}, segment, buffers);
   }
 }
@@ -507,12 +403,13 @@ void backward_finish(const HybridAttentionBackwardParams& params, int32_t sequen
       load_row(parts + key * ld, head_dim, sum);
       for (int part = 1; part < num_parts; ++part) {
         const float* row = parts + part * part_floats + key * ld;
-        for (int i = 0; i < head_dim; i += Vec::kLanes)
+        for (int i = 0; i < head_dim; i += Vec::kLanes) {
           store(sum + i, load(sum + i) + load(row + i));
+        }
       }
-      const int64_t row = int64_t{sequence.key_begin} + key;
+      const int64_t packed_key = int64_t{sequence.key_begin} + key;
       store_row(sum, head_dim,
-                static_cast<T*>(gradient) + (row * plan.num_heads_kv + kv_head) * head_dim);
+                static_cast<T*>(gradient) + (packed_key * plan.num_heads_kv + kv_head) * head_dim);
     }
   };
   add_parts(dk, params.dk);
@@ -520,7 +417,9 @@ void backward_finish(const HybridAttentionBackwardParams& params, int32_t sequen
 }
 
 int64_t forward_workspace_floats(const PlanHeader& plan) {
-  return ForwardBuffers(plan, nullptr).floats;
+  Arena arena{nullptr};
+  ForwardBuffers(plan, arena);
+  return arena.used;
 }
 
 void forward_tile_any(const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
@@ -533,7 +432,9 @@ void forward_tile_any(const HybridAttentionParams& params, const PlanTile& tile,
 }
 
 int64_t backward_workspace_floats(const PlanHeader& plan) {
-  return BackwardBuffers(plan, nullptr).floats;
+  Arena arena{nullptr};
+  BackwardBuffers(plan, arena);
+  return arena.used;
 }
 
 void backward_task_any(const HybridAttentionBackwardParams& params,

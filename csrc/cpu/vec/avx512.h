@@ -127,6 +127,33 @@ PDIFF_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PDIFF_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 PDIFF_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
 
+// In blocks of 2 x 2 numbers, then of pairs, then of quarters and halves of a vector.
+PDIFF_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d lo = _mm512_castps_pd(a[i + j]), hi = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  // Quarter q of b[4 * g + i] now holds lane 4 * q + i of rows 4 * g to 4 * g + 3.
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even_lo = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    const __m512 even_hi = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    const __m512 odd_lo = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    const __m512 odd_hi = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    rows[i].v = _mm512_shuffle_f32x4(even_lo, even_hi, 0x88);
+    rows[i + 4].v = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0x88);
+    rows[i + 8].v = _mm512_shuffle_f32x4(even_lo, even_hi, 0xdd);
+    rows[i + 12].v = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0xdd);
+  }
+}
+
 PDIFF_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

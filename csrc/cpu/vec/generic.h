@@ -15,6 +15,7 @@
 // *_first the first n lanes, n clamped to 0..kLanes; other lanes are `fill`, their memory untouched
 // min max the second operand where either is NaN: put the operand whose NaN must survive second
 // compare false where either is NaN; not_less is the negation of <
+// transpose  swaps lane j of rows[i] and lane i of rows[j]
 // store_compressed  the chosen lanes in order; returns their count, may write kLanes elements
 //
 // This file is the portable yardstick: plain loops that compilers unroll and vectorise.
@@ -218,6 +219,16 @@ PDIFF_INLINE float reduce_max(Vec a) {
 }
 PDIFF_INLINE float reduce_min(Vec a) {
   return reduce(a, [](float x, float y) { return x < y ? x : y; });
+}
+
+PDIFF_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float below = rows[i].lane[j];
+      rows[i].lane[j] = rows[j].lane[i];
+      rows[j].lane[i] = below;
+    }
+  }
 }
 
 // To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves no bit for a
