@@ -35,11 +35,22 @@ float* thread_workspace(int64_t floats) {
   return workspace.get();
 }
 
-const cpu::HybridAttentionKernels& kernels() {
-#if PDIFF_HAVE_AVX512
-  if (selected_isa() >= Isa::kAvx512) return cpu::avx512::hybrid_attention_kernels;
+const cpu::HybridAttentionForward& forward_kernel([[maybe_unused]] DType dtype) {
+  [[maybe_unused]] const Isa isa = selected_isa();
+#if PDIFF_HAVE_AMX
+  if (isa >= Isa::kAmx && dtype == DType::kBFloat16) return cpu::amx::hybrid_attention_forward;
 #endif
-  return cpu::generic::hybrid_attention_kernels;
+#if PDIFF_HAVE_AVX512
+  if (isa >= Isa::kAvx512) return cpu::avx512::hybrid_attention_forward;
+#endif
+  return cpu::generic::hybrid_attention_forward;
+}
+
+const cpu::HybridAttentionBackward& backward_kernel() {
+#if PDIFF_HAVE_AVX512
+  if (selected_isa() >= Isa::kAvx512) return cpu::avx512::hybrid_attention_backward;
+#endif
+  return cpu::generic::hybrid_attention_backward;
 }
 
 void check_tensors(const PlanHeader& plan, const void* q, const void* k, const void* v,
@@ -62,13 +73,12 @@ int heads_per_task(const PlanHeader& plan, const PlanSequence& sequence) {
 void hybrid_attention(const HybridAttentionParams& params) {
   const PlanHeader& plan = params.plan.header;
   check_tensors(plan, params.q, params.k, params.v, params.out);
-  const cpu::HybridAttentionKernels& isa = kernels();
-  const int64_t workspace_floats = isa.forward_workspace_floats(plan);
+  const cpu::HybridAttentionForward& kernel = forward_kernel(params.dtype);
+  const int64_t workspace_floats = kernel.workspace_floats(plan);
   const int64_t num_tasks = int64_t{plan.num_tiles} * plan.num_heads_kv;
   parallel_for(num_tasks, params.num_threads, 1, [&](int64_t task) {
-    isa.forward_tile(params, params.plan.tiles[task / plan.num_heads_kv],
-                     static_cast<int>(task % plan.num_heads_kv),
-                     thread_workspace(workspace_floats));
+    kernel.tile(params, params.plan.tiles[task / plan.num_heads_kv],
+                static_cast<int>(task % plan.num_heads_kv), thread_workspace(workspace_floats));
   });
 }
 
@@ -78,7 +88,7 @@ void hybrid_attention_backward(const HybridAttentionBackwardParams& params) {
   check_tensors(plan, params.q, params.k, params.v, params.out);
   check_tensors(plan, params.dout, params.dk, params.dv, params.dq);
   PDIFF_CHECK(plan.total_q == 0 || params.lse != nullptr, "lse: expected memory, got null");
-  const cpu::HybridAttentionKernels& isa = kernels();
+  const cpu::HybridAttentionBackward& kernel = backward_kernel();
 
   // One entry per sequence and KV head: its tasks' parts of dk and dv lie one after another.
   struct Gradient {
@@ -111,14 +121,14 @@ void hybrid_attention_backward(const HybridAttentionBackwardParams& params) {
     }
   }
 
-  const int64_t workspace_floats = isa.backward_workspace_floats(plan);
+  const int64_t workspace_floats = kernel.workspace_floats(plan);
   parallel_for(static_cast<int64_t>(tasks.size()), params.num_threads, 1, [&](int64_t task) {
-    isa.backward_task(params, tasks[task], thread_workspace(workspace_floats));
+    kernel.task(params, tasks[task], thread_workspace(workspace_floats));
   });
   parallel_for(static_cast<int64_t>(gradients.size()), params.num_threads, 1, [&](int64_t i) {
     const Gradient& gradient = gradients[i];
-    isa.backward_finish(params, gradient.sequence, gradient.kv_head, gradient.num_parts,
-                        dk.get() + gradient.offset, dv.get() + gradient.offset);
+    kernel.finish(params, gradient.sequence, gradient.kv_head, gradient.num_parts,
+                  dk.get() + gradient.offset, dv.get() + gradient.offset);
   });
 }
 

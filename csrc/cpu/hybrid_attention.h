@@ -14,16 +14,19 @@ struct HybridAttentionBackwardTask {
 };
 
 /// What an instruction set provides. A task takes a workspace of its own, aligned to a cache line.
-struct HybridAttentionKernels {
-  int64_t (*forward_workspace_floats)(const PlanHeader& plan);
-  void (*forward_tile)(const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
-                       float* workspace);
-  int64_t (*backward_workspace_floats)(const PlanHeader& plan);
-  void (*backward_task)(const HybridAttentionBackwardParams& params,
-                        const HybridAttentionBackwardTask& task, float* workspace);
+struct HybridAttentionForward {
+  int64_t (*workspace_floats)(const PlanHeader& plan);
+  void (*tile)(const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
+               float* workspace);
+};
+
+struct HybridAttentionBackward {
+  int64_t (*workspace_floats)(const PlanHeader& plan);
+  void (*task)(const HybridAttentionBackwardParams& params, const HybridAttentionBackwardTask& task,
+               float* workspace);
   /// Adds `num_parts` parts that lie one after another and writes dk and dv of one KV head.
-  void (*backward_finish)(const HybridAttentionBackwardParams& params, int32_t sequence,
-                          int32_t kv_head, int num_parts, const float* dk, const float* dv);
+  void (*finish)(const HybridAttentionBackwardParams& params, int32_t sequence, int32_t kv_head,
+                 int num_parts, const float* dk, const float* dv);
 };
 
 /// Floats per row of a buffer of vectors of head_dim: whole cache lines and an odd number of them,
@@ -31,10 +34,15 @@ struct HybridAttentionKernels {
 constexpr int64_t row_floats(int64_t head_dim) { return ((head_dim + 15) / 16 | 1) * 16; }
 
 namespace generic {
-extern const HybridAttentionKernels hybrid_attention_kernels;
-}
+extern const HybridAttentionForward hybrid_attention_forward;
+extern const HybridAttentionBackward hybrid_attention_backward;
+}  // namespace generic
 namespace avx512 {
-extern const HybridAttentionKernels hybrid_attention_kernels;
-}
+extern const HybridAttentionForward hybrid_attention_forward;
+extern const HybridAttentionBackward hybrid_attention_backward;
+}  // namespace avx512
+namespace amx {
+extern const HybridAttentionForward hybrid_attention_forward;  // bfloat16 only
+}  // namespace amx
 
 }  // namespace pdiff::cpu

@@ -74,7 +74,8 @@ void transpose_rows(const T* base, int64_t stride, int head_dim, const TileRows&
 }
 
 // One step of online softmax over the scores of some keys for one panel, in place:
-// m' <- max(m, max_j s_j), alpha <- exp2(m - m'), p_j <- exp2(s_j - m'), l <- alpha * l + sum_j p_j.
+// m' <- max(m, max_j s_j), alpha <- exp2(m - m'), p_j <- exp2(s_j - m'), l <- alpha * l + sum_j
+// p_j.
 template <bool kPartial>
 PDIFF_INLINE void softmax_step(float* s, int num_keys, int num_rows, const float* visible,
                                int offset, float* m, float* l, float* alpha) {
@@ -155,10 +156,10 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   const TileRows rows{tile.row_lo, tile.row_hi, kv_head * group_size, group_size};
   const int num_rows = rows.num_rows();
   const int64_t ld = row_floats(head_dim);
-  const auto keys = key_rows<T>(params.plan, sequence, kv_head, params.k, params.k_stride,
-                                params.k_page_stride);
-  const auto values = key_rows<T>(params.plan, sequence, kv_head, params.v, params.v_stride,
-                                  params.v_page_stride);
+  const auto keys =
+      key_rows<T>(params.plan, sequence, kv_head, params.k, params.k_stride, params.k_page_stride);
+  const auto values =
+      key_rows<T>(params.plan, sequence, kv_head, params.v, params.v_stride, params.v_page_stride);
   Arena arena{workspace};
   ForwardBuffers x(plan, arena);
 
@@ -239,8 +240,7 @@ struct BackwardBuffers {
 
   static int tokens(int num_heads) { return max(1, kRows / num_heads); }
 
-  BackwardBuffers(const PlanHeader& plan, Arena& arena)
-      : visible(arena, kRows, max_rows(plan)) {
+  BackwardBuffers(const PlanHeader& plan, Arena& arena) : visible(arena, kRows, max_rows(plan)) {
     const int64_t rows = max_rows(plan), ld = row_floats(plan.head_dim);
     qt = arena.take(rows * plan.head_dim);
     dout_t = arena.take(rows * plan.head_dim);
@@ -457,12 +457,15 @@ void backward_finish_any(const HybridAttentionBackwardParams& params, int32_t se
 
 }  // namespace
 
-const HybridAttentionKernels hybrid_attention_kernels = {
-    .forward_workspace_floats = forward_workspace_floats,
-    .forward_tile = forward_tile_any,
-    .backward_workspace_floats = backward_workspace_floats,
-    .backward_task = backward_task_any,
-    .backward_finish = backward_finish_any,
+const HybridAttentionForward hybrid_attention_forward = {
+    .workspace_floats = forward_workspace_floats,
+    .tile = forward_tile_any,
+};
+
+const HybridAttentionBackward hybrid_attention_backward = {
+    .workspace_floats = backward_workspace_floats,
+    .task = backward_task_any,
+    .finish = backward_finish_any,
 };
 
 }  // namespace pdiff::cpu::PDIFF_ISA
