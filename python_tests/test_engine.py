@@ -31,7 +31,7 @@ def full_logits(model, token_ids, tags, isolate_spans=True):
         head_dim=config.head_dim,
     )  # fmt: skip
     attend = PackedAttention(plan, model.cos, model.sin, torch.arange(len(token_ids)))
-    with torch.inference_mode():
+    with torch.no_grad():
         return model.logits(model(torch.tensor(token_ids), attend))
 
 

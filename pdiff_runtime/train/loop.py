@@ -65,6 +65,7 @@ class Trainer:
         self.documents = documents
         self.model = Decoder(recipe.model)
         init_weights(self.model, recipe.seed)
+        self.forward = torch.compile(self.model, dynamic=True) if recipe.compile else self.model
         self.progress = Progress()
         self._new_optimizer()
         if self.checkpoint.is_file():
@@ -141,7 +142,7 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
-            hidden = self.model(noised, self._attend(batch))
+            hidden = self.forward(noised, self._attend(batch))
             logits = self.model.logits(hidden[rows])
         result = ops.weighted_cross_entropy(
             logits, weights.labels[rows], weights.weight[rows], weights.kind[rows],

@@ -47,7 +47,8 @@ class Recipe:
 
     ``data`` is "atlas" (composed from the shipped facts) or the path of a tagged JSONL file;
     ``tokenizer`` a tokenizer folder, "atlas" for the shipped one. ``autocast`` runs the linear
-    layers and attention in bfloat16, with fp32 weights.
+    layers and attention in bfloat16, with fp32 weights; ``compile`` fuses element-wise work with
+    ``torch.compile``, which takes a minute at the start.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     autocast: bool = True
+    compile: bool = False
     log_every: int = 50
     save_every: int = 1000
 
