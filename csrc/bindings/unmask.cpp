@@ -11,10 +11,12 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// A setting of every span: the address of [num_spans] values, or 0 and one value for all.
+// A setting of every span: (address, value), where the address of [num_spans] values counts before
+// the one value for all.
 template <typename T>
-PerSpan<T> per_span(const py::tuple& setting) {
-  PDIFF_CHECK(setting.size() == 2, "per-span setting: expected (address, value)");
+PerSpan<T> per_span(const py::tuple& settings, int i) {
+  const auto setting = settings[i].cast<py::tuple>();
+  PDIFF_CHECK(setting.size() == 2, "settings: expected pairs of address and value");
   return {address<const T>(setting[0].cast<Address>()), setting[1].cast<T>()};
 }
 
@@ -23,9 +25,8 @@ void unmask(Address token_ids, Address logits, Address row_position, Address cu_
             Address confidence, Address candidate, Address is_nan, Address is_written,
             int logits_dtype, int64_t logits_stride, int64_t total_tokens, int64_t num_rows,
             int64_t num_spans, int64_t vocab_size, int64_t num_banned, int rule,
-            const py::tuple& temperature, const py::tuple& top_p, const py::tuple& top_k,
-            const py::tuple& alg_temp, const py::tuple& threshold, const py::tuple& step_idx,
-            int num_threads) {
+            const py::tuple& settings, int num_threads) {
+  PDIFF_CHECK(settings.size() == 6, "settings: expected 6, got ", settings.size());
   PDIFF_CHECK(num_rows == 0 || (token_ids != 0 && logits != 0), "logits: expected data, got none");
   const UnmaskParams params = {
       .token_ids = address<int64_t>(token_ids),
@@ -48,12 +49,12 @@ void unmask(Address token_ids, Address logits, Address row_position, Address cu_
       .vocab_size = vocab_size,
       .num_banned = num_banned,
       .rule = static_cast<UnmaskRule>(rule),
-      .temperature = per_span<float>(temperature),
-      .top_p = per_span<float>(top_p),
-      .top_k = per_span<int32_t>(top_k),
-      .alg_temp = per_span<float>(alg_temp),
-      .threshold = per_span<float>(threshold),
-      .step_idx = per_span<int32_t>(step_idx),
+      .temperature = per_span<float>(settings, 0),
+      .top_p = per_span<float>(settings, 1),
+      .top_k = per_span<int32_t>(settings, 2),
+      .alg_temp = per_span<float>(settings, 3),
+      .threshold = per_span<float>(settings, 4),
+      .step_idx = per_span<int32_t>(settings, 5),
       .num_threads = num_threads,
   };
   const py::gil_scoped_release release;

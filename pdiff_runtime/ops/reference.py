@@ -181,3 +181,57 @@ def unmask_(
                 token_ids[row_position[row]] = candidate[row]
                 is_written[row] = True
     return confidence, candidate, is_nan, is_written
+
+
+# -- rope_kv_write -------------------------------------------------------------------------------
+
+
+def rope_kv_write_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor | None,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+) -> None:
+    """See :func:`pdiff_runtime.ops.rope_kv_write_`."""
+    c, s = (table[positions.long()][:, None, :].double() for table in (cos, sin))
+    for x in (q, k):
+        a, b = x.double().chunk(2, dim=-1)
+        x.copy_(torch.cat([a * c - b * s, b * c + a * s], dim=-1))
+    if k_cache is not None and v_cache is not None and v is not None and slots is not None:
+        rows = (slots >= 0).nonzero()[:, 0]
+        k_cache.flatten(0, 1)[slots[rows]] = k[rows]
+        v_cache.flatten(0, 1)[slots[rows]] = v[rows]
+
+
+# -- weighted cross-entropy ----------------------------------------------------------------------
+
+
+def weighted_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    kind: Tensor,
+    normaliser: float,
+    dlogits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`pdiff_runtime.ops.weighted_cross_entropy`; `dlogits` receives the gradient."""
+    counted = labels != -100
+    target = labels.where(counted, 0)[:, None]
+    log_probs = torch.log_softmax(logits.double(), -1)
+    ce = torch.where(counted, -log_probs.gather(1, target)[:, 0], 0.0)
+
+    by_kind = [(kind == i) & counted for i in range(2)]
+    weighted = torch.stack([(weight * ce)[rows].sum() for rows in by_kind])
+    unweighted = torch.stack([ce[rows].sum() for rows in by_kind])
+    counts = torch.stack([rows.sum() for rows in by_kind])
+    loss = weighted.sum() / normaliser if normaliser != 0 else weighted.new_zeros(())
+    if dlogits is not None:
+        scale = torch.where(counted, weight, 0.0) / normaliser if normaliser != 0 else weight * 0
+        one_hot = torch.zeros_like(log_probs).scatter_(1, target, 1.0)
+        dlogits.copy_(scale[:, None] * (log_probs.exp() - one_hot))
+    return loss.float(), weighted.float(), unweighted.float(), counts

@@ -55,17 +55,21 @@ class UnmaskStats(NamedTuple):
     is_written: Tensor
 
 
-_RULE_CODES = {rule: code for code, rule in enumerate(Rule)}
+class _Settings(NamedTuple):
+    """What a span may have of its own: one value for all, or ``[num_spans]``."""
 
-# The settings a span may have of its own, and what the kernel reads.
-_SETTING_DTYPES = {
-    "threshold": torch.float32,
-    "temperature": torch.float32,
-    "top_p": torch.float32,
-    "top_k": torch.int32,
-    "alg_temp": torch.float32,
-    "step_idx": torch.int32,
-}
+    temperature: float | Tensor
+    top_p: float | Tensor
+    top_k: int | Tensor
+    alg_temp: float | Tensor
+    threshold: float | Tensor | None
+    step_idx: int | Tensor
+
+
+_SETTING_DTYPES = (
+    torch.float32, torch.float32, torch.int32, torch.float32, torch.float32, torch.int32,
+)  # fmt: skip
+_RULE_CODES = {rule: code for code, rule in enumerate(Rule)}
 
 
 def unmask_(
@@ -122,20 +126,12 @@ def unmask_(
         ValueError: A shape, dtype or device differs, e.g. "num_unmask: expected int32 [3], got
             int64 [3]"; nothing has been written then.
     """
-    settings = {
-        "threshold": threshold,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "alg_temp": alg_temp,
-        "step_idx": step_idx,
-    }
     rule = _checked_rule(rule, threshold)
+    settings = _Settings(temperature, top_p, top_k, alg_temp, threshold, step_idx)
     if torch.compiler.is_compiling():
-        tensors = [_as_tensor(name, value, num_unmask) for name, value in settings.items()]
         result = torch.ops.pdiff.unmask_(
-            token_ids, logits, row_position, cu_rows_span, num_unmask, rule, *tensors,
-            banned_ids, seeds, positions, str(impl),
+            token_ids, logits, row_position, cu_rows_span, num_unmask, rule,
+            *_as_tensors(settings, num_unmask), banned_ids, seeds, positions, str(impl),
         )  # fmt: skip
         return UnmaskStats(*result)
     return _run(
@@ -151,7 +147,7 @@ def _run(
     cu_rows_span: Tensor,
     num_unmask: Tensor,
     rule: Rule,
-    settings: dict[str, float | Tensor | None],
+    settings: _Settings,
     banned_ids: Tensor | None,
     seeds: Tensor | None,
     positions: Tensor | None,
@@ -177,15 +173,17 @@ def _run(
         check_tensor("seeds", seeds, torch.int64, (num_rows,), device)
     if positions is not None:
         check_tensor("positions", positions, torch.int32, (num_rows,), device)
-    for name, value in settings.items():
+    for name, value, dtype in zip(_Settings._fields, settings, _SETTING_DTYPES, strict=True):
         if isinstance(value, Tensor):
-            check_tensor(name, value, _SETTING_DTYPES[name], (num_spans,), device)
+            check_tensor(name, value, dtype, (num_spans,), device)
+        elif value is not None:
+            _check_number(name, value, dtype)
 
     if choice is Impl.REFERENCE:
         return UnmaskStats(
             *reference.unmask_(
-                token_ids, logits, row_position, cu_rows_span, num_unmask, rule=rule, **settings,
-                banned_ids=banned_ids, seeds=seeds, positions=positions,
+                token_ids, logits, row_position, cu_rows_span, num_unmask, rule=rule,
+                banned_ids=banned_ids, seeds=seeds, positions=positions, **settings._asdict(),
             )
         )  # fmt: skip
 
@@ -193,16 +191,13 @@ def _run(
     _C.unmask(
         pointer(token_ids), pointer(logits), pointer(row_position), pointer(cu_rows_span),
         pointer(num_unmask), pointer(banned_ids), pointer(seeds), pointer(positions),
-        *(pointer(tensor) for tensor in stats),
-        DTYPE_CODES[logits.dtype], logits.stride(0), token_ids.shape[0], num_rows, num_spans,
-        vocab_size, 0 if banned_ids is None else banned_ids.shape[0], _RULE_CODES[rule],
-        *(_setting(name, settings[name]) for name in _KERNEL_SETTINGS),
-        torch.get_num_threads(),
+        pointer(stats.confidence), pointer(stats.candidate), pointer(stats.is_nan),
+        pointer(stats.is_written), DTYPE_CODES[logits.dtype], logits.stride(0),
+        token_ids.shape[0], num_rows, num_spans, vocab_size,
+        0 if banned_ids is None else banned_ids.shape[0], _RULE_CODES[rule],
+        tuple(_address_and_value(setting) for setting in settings), torch.get_num_threads(),
     )  # fmt: skip
     return stats
-
-
-_KERNEL_SETTINGS = ("temperature", "top_p", "top_k", "alg_temp", "threshold", "step_idx")
 
 
 def _checked_rule(rule: Rule | str, threshold: float | Tensor | None) -> Rule:
@@ -215,18 +210,26 @@ def _checked_rule(rule: Rule | str, threshold: float | Tensor | None) -> Rule:
     return checked
 
 
-def _setting(name: str, value: float | Tensor | None) -> tuple[int, float]:
-    """Address and value of a setting: one of them counts."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), 0
-    return 0, 0 if value is None else value
+def _check_number(name: str, value: object, dtype: torch.dtype) -> None:
+    kind = (int, float) if dtype.is_floating_point else int
+    if not isinstance(value, kind):
+        what = "a number" if dtype.is_floating_point else "an integer"
+        raise ValueError(f"{name}: expected {what} or a tensor [num_spans], got {value!r}")
 
 
-def _as_tensor(name: str, value: float | Tensor | None, num_unmask: Tensor) -> Tensor:
-    """A setting as ``[num_spans]``, for the registered op."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full_like(num_unmask, value or 0, dtype=_SETTING_DTYPES[name])
+def _address_and_value(setting: float | Tensor | None) -> tuple[int, float]:
+    """How a setting crosses to the kernel: the value counts where the address is 0."""
+    if isinstance(setting, Tensor):
+        return setting.data_ptr(), 0
+    return 0, 0 if setting is None else setting
+
+
+def _as_tensors(settings: _Settings, num_unmask: Tensor) -> list[Tensor]:
+    """Every setting as ``[num_spans]``, for the registered op."""
+    return [
+        value if isinstance(value, Tensor) else torch.full_like(num_unmask, value or 0, dtype=dtype)
+        for value, dtype in zip(settings, _SETTING_DTYPES, strict=True)
+    ]
 
 
 def _empty_stats(logits: Tensor) -> UnmaskStats:
@@ -241,8 +244,8 @@ def _empty_stats(logits: Tensor) -> UnmaskStats:
 
 library.define(
     "unmask_(Tensor(a!) token_ids, Tensor logits, Tensor row_position, Tensor cu_rows_span, "
-    "Tensor num_unmask, str rule, Tensor threshold, Tensor temperature, Tensor top_p, "
-    "Tensor top_k, Tensor alg_temp, Tensor step_idx, Tensor? banned_ids, Tensor? seeds, "
+    "Tensor num_unmask, str rule, Tensor temperature, Tensor top_p, Tensor top_k, "
+    "Tensor alg_temp, Tensor threshold, Tensor step_idx, Tensor? banned_ids, Tensor? seeds, "
     "Tensor? positions, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -250,12 +253,11 @@ library.define(
 @torch.library.impl(library, "unmask_", "CompositeExplicitAutograd")
 def _unmask_op(
     token_ids: Tensor, logits: Tensor, row_position: Tensor, cu_rows_span: Tensor,
-    num_unmask: Tensor, rule: str, threshold: Tensor, temperature: Tensor, top_p: Tensor,
-    top_k: Tensor, alg_temp: Tensor, step_idx: Tensor, banned_ids: Tensor | None,
+    num_unmask: Tensor, rule: str, temperature: Tensor, top_p: Tensor, top_k: Tensor,
+    alg_temp: Tensor, threshold: Tensor, step_idx: Tensor, banned_ids: Tensor | None,
     seeds: Tensor | None, positions: Tensor | None, impl: str,
 ) -> UnmaskStats:  # fmt: skip
-    values = (threshold, temperature, top_p, top_k, alg_temp, step_idx)
-    settings = dict(zip(_SETTING_DTYPES, values, strict=True))
+    settings = _Settings(temperature, top_p, top_k, alg_temp, threshold, step_idx)
     return _run(
         token_ids, logits, row_position, cu_rows_span, num_unmask, Rule(rule), settings,
         banned_ids, seeds, positions, impl,

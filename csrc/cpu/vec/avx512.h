@@ -123,6 +123,7 @@ PDIFF_INLINE Mask operator<=(VecInt a, VecInt b) { return {_mm512_cmple_epi32_ma
 PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.bits, b.v, a.v)}; }
 
 // Reductions.
+PDIFF_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }
 PDIFF_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PDIFF_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 PDIFF_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }

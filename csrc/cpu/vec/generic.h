@@ -211,6 +211,7 @@ PDIFF_INLINE float reduce(Vec a, F f) {
   }
   return a.lane[0];
 }
+PDIFF_INLINE float first_lane(Vec a) { return a.lane[0]; }
 PDIFF_INLINE float reduce_add(Vec a) {
   return reduce(a, [](float x, float y) { return x + y; });
 }

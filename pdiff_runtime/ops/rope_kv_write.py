@@ -1,0 +1,130 @@
+"""rope_kv_write_: rotary embedding and the write of keys and values into pages, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdiff_runtime import _C
+from pdiff_runtime.ops import reference
+from pdiff_runtime.ops._library import (
+    DTYPE_CODES,
+    Impl,
+    check_no_grad,
+    check_tensor,
+    library,
+    pointer,
+    select_impl,
+)
+
+
+def rope_kv_write_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor | None,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> None:
+    """Rotate q and k in place, and write the rotated k and v into their cache slots.
+
+    Half-split rotary in float arithmetic: element i of a head is rotated with element
+    i + head_dim / 2. Rows of q, k and v may be any stride apart, so they can be parts of one
+    projection's output.
+
+    Args:
+        q: ``[rows, num_heads_q, head_dim]`` float32 or bfloat16, rotated in place.
+        k: ``[rows, num_heads_kv, head_dim]``, rotated in place.
+        v: ``[rows, num_heads_kv, head_dim]``; not read without caches.
+        cos, sin: ``[max_position, head_dim / 2]`` float32.
+        positions: ``[rows]`` int32 or int64.
+        slots: ``[rows]`` int64, page * page_size + offset, each at most once; -1 is not written.
+        k_cache, v_cache: ``[num_pages, page_size, num_heads_kv, head_dim]``; None rotates only.
+
+    Raises:
+        ValueError: A shape, dtype, device, position or slot does not fit; nothing is written then.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.pdiff.rope_kv_write_(
+            q, k, v, cos, sin, positions, slots, k_cache, v_cache, str(impl)
+        )
+    else:
+        _run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor | None,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    impl: Impl | str,
+) -> None:
+    device = q.device
+    choice = select_impl(impl, device)
+    check_no_grad("rope_kv_write_", q=q, k=k, v=v)
+    _check_rows("q", q, tuple(DTYPE_CODES), ("rows", "num_heads_q", "head_dim"), device)
+    rows, num_heads_q, head_dim = q.shape
+    _check_rows("k", k, q.dtype, (rows, "num_heads_kv", head_dim), device)
+    num_heads_kv = k.shape[1]
+    if head_dim % 2 != 0:
+        raise ValueError(f"q: expected an even head_dim, got {head_dim}")
+    check_tensor("cos", cos, torch.float32, ("max_position", head_dim // 2), device)
+    check_tensor("sin", sin, torch.float32, tuple(cos.shape), device)
+    check_tensor("positions", positions, (torch.int64, torch.int32), (rows,), device)
+    num_slots = 0
+    if (k_cache is None) != (v_cache is None):
+        raise ValueError("k_cache, v_cache: expected both or neither")
+    if k_cache is not None and v_cache is not None:
+        if v is None or slots is None:
+            raise ValueError("v, slots: expected tensors where there are caches, got None")
+        _check_rows("v", v, q.dtype, (rows, num_heads_kv, head_dim), device)
+        check_tensor("slots", slots, torch.int64, (rows,), device)
+        pages = ("num_pages", "page_size", num_heads_kv, head_dim)
+        check_tensor("k_cache", k_cache, q.dtype, pages, device)
+        check_tensor("v_cache", v_cache, q.dtype, tuple(k_cache.shape), device)
+        num_slots = k_cache.shape[0] * k_cache.shape[1]
+
+    if choice is Impl.REFERENCE:
+        reference.rope_kv_write_(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
+        return
+    _C.rope_kv_write(
+        pointer(q), pointer(k), pointer(v), pointer(cos), pointer(sin), pointer(positions),
+        pointer(slots), pointer(k_cache), pointer(v_cache), DTYPE_CODES[q.dtype],
+        positions.dtype == torch.int64, q.stride(0), k.stride(0), 0 if v is None else v.stride(0),
+        rows, num_heads_q, num_heads_kv, head_dim, cos.shape[0], num_slots, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _check_rows(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int | str, ...],
+    device: torch.device,
+) -> None:
+    """Heads of a row lie next to one another; rows may be any stride apart."""
+    check_tensor(name, tensor, dtype, shape, device, contiguous=False)
+    if tensor.shape[0] > 0 and not tensor[0].is_contiguous():
+        raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
+
+
+library.define(
+    "rope_kv_write_(Tensor(a!) q, Tensor(b!) k, Tensor? v, Tensor cos, Tensor sin, "
+    "Tensor positions, Tensor? slots, Tensor(c!)? k_cache, Tensor(d!)? v_cache, str impl) -> ()"
+)
+torch.library.impl(library, "rope_kv_write_", "CompositeExplicitAutograd")(_run)
+
+
+@torch.library.register_fake("pdiff::rope_kv_write_", lib=library)
+def _rope_kv_write_fake(*args: object) -> None:
+    pass
