@@ -37,6 +37,9 @@ endif()
 
 if(PDIFF_CUDA)
   set(PDIFF_NVCC_FLAGS --expt-relaxed-constexpr -lineinfo)
+  if(PDIFF_WERROR)  # a register spill is a warning, too
+    list(APPEND PDIFF_NVCC_FLAGS -Werror=all-warnings -Xptxas=--warn-on-spills,--warning-as-error)
+  endif()
   set(PDIFF_CUDA_SM90A ON)
   list(JOIN PDIFF_CUDA_ARCHITECTURES " " PDIFF_CUDA_SUMMARY)
   set(PDIFF_CUDA_SUMMARY "${PDIFF_CUDA_SUMMARY} 90a-real")

@@ -13,7 +13,7 @@ target_compile_features(pdiff INTERFACE cxx_std_20)
 set(library_map ${CMAKE_CURRENT_SOURCE_DIR}/cmake/export_library.map)
 target_link_options(pdiff PRIVATE -Wl,--exclude-libs,ALL -Wl,--version-script=${library_map})
 set_target_properties(pdiff PROPERTIES
-  VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR} LINK_DEPENDS ${library_map} LINKER_LANGUAGE CXX)
+  VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR} LINK_DEPENDS ${library_map} LINKER_LANGUAGE CXX)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/pdiff)
 install(TARGETS pdiff EXPORT pdiffTargets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT dev)

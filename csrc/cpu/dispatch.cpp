@@ -92,15 +92,17 @@ Isa clamp(Isa wanted) {
   return static_cast<Isa>(level);
 }
 
+Isa parse(const char* name, const char* source) {
+  for (int i = 0; i < kNumIsas; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) return static_cast<Isa>(i);
+  }
+  detail::throw_error(source, ": expected generic, avx2, avx512, avx512_bf16 or amx, got ", name);
+}
+
 Isa default_isa() {
   const char* name = std::getenv("PDIFF_CPU_ISA");
-  const bool overridden = name != nullptr && name[0] != '\0';
-  if (!overridden) return clamp(Isa::kAmx);
-  for (int i = 0; i < kNumIsas; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) return clamp(static_cast<Isa>(i));
-  }
-  detail::throw_error("PDIFF_CPU_ISA: expected generic, avx2, avx512, avx512_bf16 or amx, got ",
-                      name);
+  const bool is_set = name != nullptr && name[0] != '\0';
+  return clamp(is_set ? parse(name, "PDIFF_CPU_ISA") : Isa::kAmx);
 }
 
 std::atomic<Isa>& selection() {
@@ -112,12 +114,7 @@ std::atomic<Isa>& selection() {
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-Isa isa_from_name(const char* name) {
-  for (int i = 0; i < kNumIsas; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) return static_cast<Isa>(i);
-  }
-  detail::throw_error("isa: expected generic, avx2, avx512, avx512_bf16 or amx, got ", name);
-}
+Isa isa_from_name(const char* name) { return parse(name, "isa"); }
 
 bool isa_built(Isa isa) {
   switch (isa) {

@@ -1,4 +1,6 @@
+#include <cstring>
 #include <string>
+#include <vector>
 
 #include "pdiff/c_api.h"
 #include "tests/check.h"
@@ -27,6 +29,136 @@ TEST(isa_can_be_read_and_lowered) {
 TEST(cuda_is_safe_to_ask_for) {
   CHECK(pdiff_built_with_cuda() == 0 || pdiff_built_with_cuda() == 1);
   CHECK(pdiff_cuda_device_count() >= 0);
+}
+
+bool error_mentions(const char* text) { return std::strstr(pdiff_last_error(), text) != nullptr; }
+
+constexpr pdiff_span_tags kTags{1, 2, 3};
+
+pdiff_span_layout* layout_of(const std::vector<int64_t>& token_ids) {
+  pdiff_span_layout* layout = nullptr;
+  CHECK_EQ(pdiff_span_layout_from_tokens(token_ids.data(), static_cast<int64_t>(token_ids.size()),
+                                         &kTags, 1, &layout),
+           PDIFF_OK);
+  return layout;
+}
+
+TEST(layout_comes_and_goes_through_a_handle) {
+  pdiff_span_layout* layout = layout_of({9, 1, 9, 2, 1, 9, 2, 3});
+  CHECK_EQ(pdiff_span_layout_num_rows(layout), 8);
+  CHECK_EQ(pdiff_span_layout_num_keys(layout), 8);
+  CHECK(pdiff_span_layout_num_segments(layout) > 0);
+  std::vector<uint8_t> mask(64, 7);
+  CHECK_EQ(pdiff_span_layout_write_dense_mask(layout, mask.data()), PDIFF_OK);
+  CHECK_EQ(int{mask[1 * 8 + 3]}, 1);  // a span sees all of itself
+  CHECK_EQ(int{mask[4 * 8 + 2]}, 0);  // and no sibling
+  CHECK_EQ(int{mask[7 * 8 + 2]}, 1);  // the sync sees everything
+  CHECK_EQ(pdiff_span_layout_write_dense_mask(layout, nullptr), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("mask: expected a pointer"));
+  pdiff_span_layout_free(layout);
+  pdiff_span_layout_free(nullptr);
+}
+
+TEST(an_empty_sequence_needs_no_array) {
+  pdiff_span_layout* layout = nullptr;
+  CHECK_EQ(pdiff_span_layout_from_tokens(nullptr, 0, &kTags, 1, &layout), PDIFF_OK);
+  CHECK_EQ(pdiff_span_layout_num_rows(layout), 0);
+  pdiff_span_layout_free(layout);
+}
+
+TEST(a_refused_argument_leaves_the_output_alone) {
+  auto* const before = reinterpret_cast<pdiff_span_layout*>(&layout_of);
+  pdiff_span_layout* layout = before;
+  const int64_t nested[] = {1, 1, 2, 2};
+  CHECK_EQ(pdiff_span_layout_from_tokens(nested, 4, &kTags, 1, &layout), PDIFF_INVALID_ARGUMENT);
+  CHECK(layout == before);
+  CHECK_EQ(pdiff_span_layout_from_tokens(nested, -1, &kTags, 1, &layout), PDIFF_INVALID_ARGUMENT);
+  CHECK_EQ(pdiff_span_layout_from_tokens(nullptr, 4, &kTags, 1, &layout), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("token_ids: expected a pointer"));
+  CHECK_EQ(pdiff_span_layout_from_tokens(nested, 4, nullptr, 1, &layout), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("tags: expected a pointer"));
+}
+
+TEST(attention_checks_its_arguments_and_gives_the_mean_of_equal_keys) {
+  pdiff_span_layout* layout = layout_of({9, 9, 9});
+  const pdiff_span_layout* layouts[] = {layout, nullptr};
+  const pdiff_attention_plan_options options{.num_heads_q = 1,
+                                             .num_heads_kv = 1,
+                                             .head_dim = 16,
+                                             .page_size = 0,
+                                             .page_table = nullptr,
+                                             .max_pages = 0};
+  pdiff_attention_plan* plan = nullptr;
+  CHECK_EQ(pdiff_attention_plan_create(layouts, 2, &options, &plan), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("layouts[1]: expected a layout, got NULL"));
+  CHECK_EQ(pdiff_attention_plan_create(layouts, 1, &options, &plan), PDIFF_OK);
+  pdiff_span_layout_free(layout);  // the plan does not need it any more
+  CHECK_EQ(pdiff_attention_plan_total_q(plan), 3);
+  CHECK_EQ(pdiff_attention_plan_total_kv(plan), 3);
+
+  std::vector<float> q(3 * 16, 1.0f), k(3 * 16, 0.0f), v(3 * 16), out(3 * 16), lse(3);
+  for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(i / 16);
+  pdiff_hybrid_attention_args args{};
+  args.q = q.data();
+  args.k = k.data();
+  args.v = v.data();
+  CHECK_EQ(pdiff_cpu_hybrid_attention(plan, &args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("out: expected a pointer"));
+  args.out = out.data();
+  args.lse = lse.data();
+  CHECK_EQ(pdiff_cpu_hybrid_attention(plan, &args), PDIFF_OK);
+  for (int row = 0; row < 3; ++row) {
+    CHECK_NEAR(out[row * 16], row / 2.0, 1e-6);
+    CHECK_NEAR(lse[row], std::log(row + 1.0), 1e-6);
+  }
+  args.k_stride = 15;
+  CHECK_EQ(pdiff_cpu_hybrid_attention(plan, &args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("k_stride: expected 0 or at least 16, got 15"));
+  args.k_stride = 0;
+  args.dtype = 5;
+  CHECK_EQ(pdiff_cpu_hybrid_attention(plan, &args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("dtype: expected"));
+  pdiff_attention_plan_free(plan);
+}
+
+TEST(unmask_writes_the_most_certain_row_and_refuses_a_bad_one) {
+  // Two masked positions of one span; the second row is the surer one.
+  std::vector<int64_t> token_ids = {7, -1, -1};
+  const std::vector<float> logits = {0.0f, 0.1f, 0.0f, 0.0f, 9.0f, 0.0f, 0.0f, 0.0f};
+  const std::vector<int32_t> row_position = {1, 2}, cu_rows_span = {0, 2}, num_unmask = {1};
+  std::vector<float> confidence(2);
+  std::vector<int64_t> candidate(2);
+  std::vector<uint8_t> is_nan(2), is_written(2);
+  pdiff_unmask_args args{};
+  CHECK_EQ(pdiff_cpu_unmask(nullptr), PDIFF_INVALID_ARGUMENT);
+  args.token_ids = token_ids.data();
+  args.logits = logits.data();
+  args.row_position = row_position.data();
+  args.cu_rows_span = cu_rows_span.data();
+  args.num_unmask = num_unmask.data();
+  args.confidence = confidence.data();
+  args.candidate = candidate.data();
+  args.is_nan = is_nan.data();
+  args.is_written = is_written.data();
+  args.total_tokens = 3;
+  args.num_rows = 2;
+  args.num_spans = 1;
+  args.vocab_size = 4;
+  args.rule = 9;
+  CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("rule: expected"));
+  args.rule = PDIFF_RULE_PROBABILITY;
+  args.total_tokens = 2;
+  CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("row_position[1]: expected 0 to 1, got 2"));
+  CHECK_EQ(token_ids[2], -1);
+  args.total_tokens = 3;
+  CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_OK);
+  CHECK_EQ(token_ids[0], 7);
+  CHECK_EQ(token_ids[1], -1);
+  CHECK_EQ(token_ids[2], 0);
+  CHECK_EQ(int{is_written[1]}, 1);
+  CHECK_EQ(candidate[0], 1);
 }
 
 }  // namespace

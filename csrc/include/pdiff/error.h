@@ -6,9 +6,8 @@
 
 namespace pdiff {
 
-/// The one exception the library throws: a wrong argument, or something this build or machine
-/// cannot do. The Python bindings turn it into ValueError, the C API into a status and
-/// pdiff_last_error().
+/// The one exception the library throws: a wrong argument, or what this build or machine cannot do.
+/// Python sees a ValueError, C a status and pdiff_last_error().
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -1,10 +1,9 @@
 #pragma once
 
 /// Which instruction set the CPU kernels use. Asked once per process, then a plain read.
-/// Order   each level includes the ones below it, so `selected_isa() >= Isa::kAvx512` is a valid
-/// question. Built   a level is built when the compiler knew its flags; PDIFF_HAVE_<LEVEL> says so
-/// to csrc/cpu/*.cpp. Choice  the highest level both built and detected, or lower by PDIFF_CPU_ISA
-/// or select_isa.
+/// Order   a level includes those below it: `selected_isa() >= Isa::kAvx512` is a valid question.
+/// Built   the compiler knew its flags; PDIFF_HAVE_<LEVEL> says so to csrc/cpu/*.cpp.
+/// Choice  the highest level both built and detected; PDIFF_CPU_ISA and select_isa lower it.
 namespace pdiff {
 
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
@@ -17,7 +16,7 @@ bool isa_built(Isa isa);
 Isa detected_isa();  // what this processor and its operating system allow, built or not
 Isa selected_isa();  // throws pdiff::Error when PDIFF_CPU_ISA holds an unknown name
 
-/// Lower the choice by name; a level above what is detected and built gives the highest one that
+/// Lower the choice by name; one that is not built or not detected gives the next lower one that
 /// is. nullptr or "" goes back to the default. Not for use while a kernel runs.
 void select_isa(const char* name);
 
