@@ -74,17 +74,17 @@ def hybrid_attention(
     """
     if softmax_scale is None:
         softmax_scale = plan.head_dim**-0.5
-    if impl != Impl.AUTO and select_impl(impl, q.device) is Impl.REFERENCE:
+    lse: Tensor | None
+    if impl is not Impl.AUTO and select_impl(impl, q.device) is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
     elif torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     ):
         out, lse = torch.ops.pdiff.hybrid_attention(q, k, v, plan.words, softmax_scale)
     else:
-        out, lse = _forward(
-            q, k, v, plan.address, plan.num_words, softmax_scale, return_lse=return_lse
-        )
-    return (out, lse) if return_lse else out
+        lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
+        out = _forward(q, k, v, plan.address, plan.num_words, softmax_scale, lse)
+    return (out, lse) if lse is not None and return_lse else out
 
 
 def _forward(
@@ -94,9 +94,8 @@ def _forward(
     plan_address: int,
     plan_words: int,
     softmax_scale: float,
-    *,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+    lse: Tensor | None,
+) -> Tensor:
     dtype = q.dtype
     if not (k.dtype is dtype and v.dtype is dtype and dtype in DTYPE_CODES):
         raise ValueError(
@@ -107,8 +106,7 @@ def _forward(
         raise ValueError(
             f"q, k, v: expected tensors on cpu, got {q.device}, {k.device}, {v.device}"
         )
-    out = torch.empty(q.shape, dtype=dtype)
-    lse = torch.empty(q.shape[1::-1] if return_lse else (0,), dtype=torch.float32)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.hybrid_attention(
         plan_address,
         plan_words,
@@ -123,11 +121,11 @@ def _forward(
         v.shape,
         v.stride(),
         out.data_ptr(),
-        lse.data_ptr(),
+        pointer(lse),
         softmax_scale,
         torch.get_num_threads(),
     )
-    return out, lse
+    return out
 
 
 library.define(
@@ -143,7 +141,8 @@ library.define(
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, plan.data_ptr(), plan.numel(), softmax_scale, return_lse=True)
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    return _forward(q, k, v, plan.data_ptr(), plan.numel(), softmax_scale, lse), lse
 
 
 def _backward_op(
@@ -159,7 +158,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _C.hybrid_attention_backward(
         plan.data_ptr(),
         plan.numel(),

@@ -182,7 +182,7 @@ PDIFF_INLINE bool softmax_step(const float* s, int num_keys, float scale, const 
   }
   for (; j < round_up(num_keys, kTileDepth); j += 2) store_pair(j, zero(), zero());
 
-  const Vec rescale = exp2_coarse(old_m - new_m);
+  const Vec rescale = exp2(old_m - new_m);  // exactly 1 where m stays
   store(m, new_m);
   store(l, fma(load(l), rescale, (sum[0] + sum[1]) + (sum[2] + sum[3])));
   store(alpha, rescale);

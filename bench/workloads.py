@@ -1,0 +1,72 @@
+"""The shapes that kernel benches share, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+
+from pdiff_runtime.plan import SpanLayout
+from pdiff_runtime.testing.problems import layout_of
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionWorkload:
+    """A batch of layouts with its heads; ``page_size`` puts the keys into pages."""
+
+    layouts: tuple[SpanLayout, ...]
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    page_size: int | None = None
+
+    @property
+    def num_visible_pairs(self) -> int:
+        return sum(layout.num_visible_pairs for layout in self.layouts)
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the visible (query, key) pairs alone."""
+        return 4 * self.num_heads_q * self.head_dim * self.num_visible_pairs
+
+
+def long_document(num_tokens: int, context: int = 512, num_rounds: int = 4, num_spans: int = 8):
+    """A context, then rounds of some plan text, spans of one length, and a sync: 45 % visible."""
+    round_len = (num_tokens - context) // num_rounds
+    span_len = round_len // (num_spans + 1)
+    plan = round_len - num_spans * span_len - 1
+    rounds = [plan, *[str(span_len)] * num_spans, "sync"] * num_rounds
+    return layout_of(context + (num_tokens - context) % num_rounds, *rounds)
+
+
+def paper_documents(num_tokens: int) -> tuple[SpanLayout, ...]:
+    """Documents of about 700 tokens with 2 to 6 spans of 30 to 150, together `num_tokens`."""
+    draw = random.Random(0)
+    layouts, left = [], num_tokens
+    while left > 0:
+        spans = [draw.randint(30, 150) for _ in range(draw.randint(2, 6))]
+        while sum(spans) > 600:
+            spans.pop()
+        size = min(left, draw.randint(600, 800))
+        if left - size < 300:
+            size = left
+        text = max(2, size - 1 - sum(spans))
+        layouts.append(layout_of(text // 2, *map(str, spans), "sync", text - text // 2))
+        left -= layouts[-1].num_rows
+    return tuple(layouts)
+
+
+ATTENTION: Mapping[str, AttentionWorkload] = {
+    "long": AttentionWorkload((long_document(4096),), 8, 2, 128),
+    "paper": AttentionWorkload(paper_documents(4096), 8, 2, 128),
+    "training": AttentionWorkload((layout_of(30, "20", "25", "sync", 24),) * 41, 3, 1, 64),
+    "denoise": AttentionWorkload((SpanLayout.from_spans(736, [60] * 8),), 8, 2, 128, page_size=64),
+    "answers": AttentionWorkload((SpanLayout.causal(1, 2048),) * 8, 8, 2, 128, page_size=64),
+}
+"""
+long      one document of 4096 tokens, 8 spans in each of 4 rounds after a context of 512
+paper     documents as the method's authors train on, packed to 4096
+training  many documents of 100 tokens, as the bundled model trains on
+denoise   one step of 8 spans of 60 over a shared context of 736, keys in pages
+answers   one new token for each of 8 requests over 2048 keys, keys in pages
+"""
