@@ -68,6 +68,8 @@ sys.addaudithook(
 import torch
 before = set(sys.modules)
 import pdiff_runtime
+for name in pdiff_runtime.__all__:  # imported on first use
+    getattr(pdiff_runtime, name)
 optional = {"triton", "transformers", "fastapi", "uvicorn", "ray", "peft", "tensorboard",
             "matplotlib", "gguf", "lm_eval", "prometheus_client", "openai"}
 print(json.dumps({
