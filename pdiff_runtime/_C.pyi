@@ -92,6 +92,7 @@ class PlanState:
     def finish(self) -> int: ...
 
 def plan_mask_table() -> npt.NDArray[np.bool_]: ...
+
 class AttentionPlan:
     def __init__(
         self,

@@ -184,8 +184,7 @@ class Engine:
             self._started[request.request_id] = time.perf_counter()
             request.start()
             self.running.append(request)
-            if request.phase is Phase.DENOISE:
-                events.append(self._plan_ready(request))
+            self._announce(request, events)
 
     def _advance(self, request: Request, predicted: Predicted, events: list[Event]) -> None:
         if predicted.is_nan:
@@ -200,8 +199,7 @@ class Engine:
                 events.append(self._plan_ready(request))
         else:
             request.accept_tokens(predicted.token_ids)
-            if request.phase is Phase.DENOISE:
-                events.append(self._plan_ready(request))
+            self._announce(request, events)
 
     def _retire(self, events: list[Event]) -> None:
         for request in [r for r in self.running if r.phase is Phase.DONE]:
@@ -209,6 +207,11 @@ class Engine:
             del self._reserved[request.request_id]
             request.usage.seconds = time.perf_counter() - self._started.pop(request.request_id)
             events.append(Finished(request.request_id, self._output(request)))
+
+    def _announce(self, request: Request, events: list[Event]) -> None:
+        """Say so if the request has come to its spans."""
+        if request.phase is Phase.DENOISE:
+            events.append(self._plan_ready(request))
 
     def _plan_ready(self, request: Request) -> PlanReady:
         plan_round = request.rounds[-1]

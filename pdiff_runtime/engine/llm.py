@@ -114,6 +114,8 @@ class LLM:
         """
         if _is_ids(prompt):
             return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+        if len(prompt) == 0 and not isinstance(prompt, str):
+            raise ValueError("prompt: expected at least one token, got none")
         if self.tokenizer is None:
             raise ValueError("prompt: expected token ids where there is no tokenizer, got text")
         return self.tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]

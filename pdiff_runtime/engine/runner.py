@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -98,16 +99,16 @@ class Runner:
                 )
 
         for rule in RULES:
-            jobs = [
+            span_jobs = [
                 _SpanJob(i, work.request, span, masked, quota, _row_of(work, span) + first_row[i])
                 for i, work in enumerate(works)
                 if work.request.params.unmask == rule
                 for span, masked, quota in work.spans
             ]
-            for part_of_jobs in _span_parts(jobs, self.max_logits_rows):
-                for job, writes, is_nan in self._denoise(hidden, part_of_jobs, rule):
-                    seen = predicted[job.work_idx]
-                    predicted[job.work_idx] = Predicted(
+            for span_part in _span_parts(span_jobs, self.max_logits_rows):
+                for span_job, writes, is_nan in self._denoise(hidden, span_part, rule):
+                    seen = predicted[span_job.work_idx]
+                    predicted[span_job.work_idx] = Predicted(
                         writes=seen.writes + writes, is_nan=seen.is_nan or is_nan
                     )
         return predicted
@@ -242,7 +243,13 @@ def _int32(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def _sampling(requests: Sequence[Request]) -> dict[str, Tensor]:
+class _Sampling(TypedDict):
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+
+
+def _sampling(requests: Sequence[Request]) -> _Sampling:
     """Per-span sampling settings for the kernel."""
     params = [request.params for request in requests]
     return {
