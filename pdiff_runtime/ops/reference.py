@@ -94,18 +94,19 @@ def gumbel(seed: Tensor, position: Tensor, step_idx: Tensor, ids: Tensor, use: i
 def keep_prefix(logits: Tensor, top_p: float, top_k: int) -> Tensor:
     """Mask of what top-p, then top-k leave of one row ``[vocab_size]``.
 
-    Both keep a prefix in the order (logit descending, id ascending): top-p the shortest whose
-    probability reaches ``top_p``, top-k its first ``top_k``; at least one token.
+    In the order (logit descending, id ascending), top-p keeps the shortest prefix whose probability
+    reaches ``top_p``, and top-k all of it that ties with or comes before the ``top_k``-th; at least
+    one token.
     """
     p, order = torch.softmax(logits, -1).sort(descending=True, stable=True)
-    num_kept = logits.shape[0]
+    ranked = logits[order]
+    keep = ranked > -math.inf
     if top_p < 1.0:
-        num_kept = int((p.cumsum(0) - p < top_p).sum())
-    if top_k > 0:
-        num_kept = min(num_kept, top_k)
-    keep = torch.zeros_like(logits, dtype=torch.bool)
-    keep[order[: max(1, num_kept)]] = True
-    return keep & (logits > -math.inf)
+        keep &= p.cumsum(0) - p < top_p
+    if 0 < top_k < len(keep):
+        keep &= ranked >= ranked[top_k - 1]
+    keep[0] = True
+    return torch.zeros_like(keep).scatter_(0, order, keep)
 
 
 def unmask_(

@@ -93,11 +93,12 @@ def unmask_(
 ) -> UnmaskStats:
     """Reveal the most certain masked tokens of each span, in place.
 
-    A row's distribution is softmax after bans, temperature, top-p and top-k, in that order. Both
-    filters keep a prefix in the order (logit descending, id ascending): top-p the shortest whose
-    probability reaches ``top_p``, top-k its first ``top_k``, and at least one token. Temperature 0
-    takes the likeliest token (lowest id on ties) with confidence from the unscaled logits; above,
-    the token is a sample whose random numbers depend on (seed, position, step, id) alone.
+    A row's distribution is softmax after bans, temperature, top-p and top-k, in that order. In the
+    order (logit descending, id ascending), top-p keeps the shortest prefix whose probability
+    reaches ``top_p``, and top-k all of it that ties with or comes before the ``top_k``-th; at least
+    one token. Temperature 0 takes the likeliest token (lowest id on ties) with confidence from the
+    unscaled logits; above, the token is a sample whose random numbers depend on (seed, position,
+    step, id) alone.
 
     ``threshold``, ``temperature``, ``top_p``, ``top_k``, ``alg_temp`` and ``step_idx`` are each one
     value or ``[num_spans]`` (float32; ``top_k`` and ``step_idx`` int32), so requests with different

@@ -262,8 +262,9 @@ Prefix measure_above(const List& list, float pivot, bool wants_mass, float max_l
   return above;
 }
 
-// The shortest prefix that reaches either goal, found by halving the range of logits: only the half
-// that holds the boundary is looked at again, so the work is a small multiple of the list.
+// Where the shortest prefix that reaches either goal ends, found by halving the range of logits:
+// only the half that holds the boundary is looked at again, so the work is a small multiple of the
+// list.
 Boundary find_boundary(List list, const List& work, Prefix goal, float max_logit, float scale) {
   const bool wants_mass = goal.mass < DBL_MAX;
   Prefix kept = {0.0, 0};
@@ -277,10 +278,9 @@ Boundary find_boundary(List list, const List& work, Prefix goal, float max_logit
     if (!upper) kept = {kept.mass + above.mass, kept.num + above.num};
     list = take_side(list, work, pivot, upper, lo, hi);
   }
-  // Equal logits are left: the lowest ids of them fill the prefix.
+  // Equal logits are left. Top-k keeps all of them, top-p those of lowest id that it needs.
   const double weight = ::exp2(static_cast<double>(lo - max_logit) * scale);
-  double num = goal.num < kept.num + list.n ? static_cast<double>(goal.num - kept.num) : list.n;
-  num = fmin(num, ceil((goal.mass - kept.mass) / weight));
+  const double num = fmin(list.n, ceil((goal.mass - kept.mass) / weight));
   const int last = num > 1.0 ? static_cast<int>(num) - 1 : 0;
   return {lo, list.ids != nullptr ? list.ids[last] : -1};
 }

@@ -24,8 +24,9 @@ struct PerSpan {
 
 /// Unmask: reveal the most certain masked tokens of each span.
 /// Row        logits -> bans -> temperature -> top-p -> top-k -> softmax -> confidence, candidate.
-/// Kept set   a prefix in the order (logit descending, id ascending): top-p keeps the shortest one
-///            whose probability reaches top_p, top-k its first top_k, both at least one token.
+/// Kept set   in the order (logit descending, id ascending), top-p keeps the shortest prefix whose
+///            probability reaches top_p, and top-k all of it that ties with or comes before the
+///            top_k-th; at least one token.
 /// Candidate  temperature 0: the likeliest token, lowest id first, confidence from unscaled logits;
 ///            else Gumbel-max over the kept set with the words of csrc/common/philox.h.
 /// Span       the num_unmask best by (confidence, then lower position) are written; alg_temp > 0

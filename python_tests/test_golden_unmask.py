@@ -1,0 +1,90 @@
+"""One denoising step against the recorded behaviour of the published implementation."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden_data import load_npz
+
+from pdiff_runtime import ops
+from pdiff_runtime.testing import use_isa
+
+DATA = load_npz("unmask")
+META = json.loads(str(DATA["meta"]))
+CASES = [int(case) for case in DATA["cases"]]
+FILTERS = [i for i in range(len(META["filters"])) if f"f{i}_logits" in DATA]
+
+
+@pytest.fixture(params=["generic", "avx512"])
+def isa(request):
+    with use_isa(request.param) as available:
+        if not available:
+            pytest.skip(f"{request.param} is not built or not on this machine")
+        yield request.param
+
+
+def quotas(case: dict) -> list[int]:
+    """What the published schedule lets each span write in this step."""
+    if case["alg"] != "pd_confidence_threshold":
+        return case["counts"]
+    steps_left = case["og_num_steps"] - case["i"]
+    share = [m // steps_left if steps_left > 0 else 1 for m in case["masked"]]
+    carry = case["left_before"] or [0] * len(share)
+    return [
+        min(m, min(m, max(1, k)) + left)
+        for m, k, left in zip(case["masked"], share, carry, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_step_writes_what_the_published_code_wrote(number, isa):
+    case = META["cases"][number]
+    field = {name: DATA[f"{number:02d}_{name}"] for name in (
+        "logits", "x_before", "x_after", "confidence", "x0", "chosen", "block_info"
+    )}  # fmt: skip
+    masked = np.flatnonzero(field["x_before"] == case["mask_id"])
+    spans = [masked[(masked > lo) & (masked < hi - 1)] for lo, hi, _ in field["block_info"]]
+    row_position = np.concatenate(spans)
+    assert np.array_equal(row_position, masked)
+
+    token_ids = torch.from_numpy(field["x_before"]).long()
+    stats = ops.unmask_(
+        token_ids,
+        torch.from_numpy(field["logits"][row_position]).float(),
+        torch.from_numpy(row_position).int(),
+        torch.tensor([0, *itertools.accumulate(map(len, spans))], dtype=torch.int32),
+        torch.tensor(quotas(case), dtype=torch.int32),
+        rule=case["alg"].removeprefix("pd_"),
+        threshold=case.get("threshold"),
+        temperature=case["temperature"],
+        top_p=case["top_p"] or 1.0,
+        top_k=case["top_k"] or 0,
+    )
+    assert np.array_equal(stats.candidate, field["x0"])
+    assert np.allclose(stats.confidence, field["confidence"], rtol=1e-5, atol=1e-5)
+    assert np.array_equal(row_position[stats.is_written.numpy()], field["chosen"])
+    assert np.array_equal(token_ids, field["x_after"])
+
+
+@pytest.mark.parametrize("number", FILTERS)
+def test_filters_keep_what_the_published_code_kept(number, isa):
+    logits = torch.from_numpy(DATA[f"f{number}_logits"]).float()
+    keep = torch.from_numpy(DATA[f"f{number}_keep"])
+    settings = META["filters"][number]
+    filters = {"top_p": settings["top_p"] or 1.0, "top_k": settings["top_k"] or 0}
+    rows = len(logits)
+    tokens = torch.zeros(rows, dtype=torch.int64)
+    for row in range(rows):
+        assert torch.equal(ops.reference.keep_prefix(logits[row].double(), **filters), keep[row])
+    for rule in ops.Rule:  # the distribution over exactly the kept set
+        arguments = (
+            torch.arange(rows, dtype=torch.int32),
+            torch.tensor([0, rows], dtype=torch.int32),
+            torch.tensor([rows], dtype=torch.int32),
+        )
+        kept_only = logits.masked_fill(~keep, -torch.inf)
+        actual = ops.unmask_(tokens, logits, *arguments, rule=rule, threshold=0.0, **filters)
+        expected = ops.unmask_(tokens, kept_only, *arguments, rule=rule, threshold=0.0)
+        assert torch.allclose(actual.confidence, expected.confidence, rtol=1e-5, atol=1e-6)

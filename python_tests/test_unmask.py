@@ -1,0 +1,429 @@
+"""unmask_ against the float64 reference, and the laws of selection, filters and sampling."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+
+from pdiff_runtime import ops
+from pdiff_runtime.ops import Rule, reference
+from pdiff_runtime.testing import use_isa
+
+F32, BF16 = torch.float32, torch.bfloat16
+VOCAB_SIZES = [1, 7, 17, 1000, 4096, 32003]
+SETTINGS = {
+    "greedy": {},
+    "greedy_top_k": {"top_k": 5},
+    "greedy_top_p": {"top_p": 0.8},
+    "hot": {"temperature": 1.3},
+    "cold_top_p": {"temperature": 0.2, "top_p": 0.95},
+    "both_filters": {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
+}
+
+
+@pytest.fixture(params=["generic", "avx512"])
+def isa(request):
+    with use_isa(request.param) as available:
+        if not available:
+            pytest.skip(f"{request.param} is not built or not on this machine")
+        yield request.param
+
+
+def random_logits(rows, vocab_size, dtype=F32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (3.0 * torch.randn(rows, vocab_size, generator=generator)).to(dtype)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def spans_of(*lengths, quotas):
+    """row_position, cu_rows_span and num_unmask of spans with these numbers of masked rows."""
+    rows = sum(lengths)
+    position = 3 + 2 * torch.arange(rows, dtype=torch.int32)
+    return position, int32(0, *itertools.accumulate(lengths)), int32(*quotas)
+
+
+def run(logits, spans, op=ops.unmask_, **settings):
+    token_ids = torch.full((3 + 2 * len(logits),), -5)
+    return token_ids, ops.UnmaskStats(*op(token_ids, logits, *spans, **settings))
+
+
+def assert_agrees(logits, spans, **settings):
+    token_ids, stats = run(logits, spans, **settings)
+    token_ids_ref, stats_ref = run(logits, spans, reference.unmask_, **settings)
+    assert torch.equal(stats.is_nan, stats_ref.is_nan)
+    assert torch.equal(stats.candidate, stats_ref.candidate)
+    tolerance = 1e-4 * stats_ref.confidence.abs().clamp(min=1.0)
+    difference = (stats.confidence - stats_ref.confidence).abs()
+    assert (difference[~stats.is_nan] <= tolerance[~stats.is_nan]).all()
+    assert stats.confidence[stats.is_nan].isnan().all()
+    assert torch.equal(stats.is_written, stats_ref.is_written)
+    assert torch.equal(token_ids, token_ids_ref)
+    return stats
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("rule", list(Rule))
+def test_agrees_with_reference(rule, settings, vocab_size, dtype, isa):
+    spans = spans_of(4, 0, 1, 5, quotas=[2, 3, 9, 0])
+    banned = torch.tensor([0, 5, 6] if vocab_size >= 17 else [], dtype=torch.int64)
+    assert_agrees(
+        random_logits(10, vocab_size, dtype), spans, rule=rule, threshold=0.2, step_idx=4,
+        banned_ids=banned, seeds=torch.arange(10) * 977 + (3 << 40), **settings,
+    )  # fmt: skip
+
+
+def test_published_names_of_rules():
+    assert Rule("maskgit_plus") is Rule.PROBABILITY
+    assert Rule("topk_margin") is Rule.MARGIN
+    assert Rule("confidence_threshold") is Rule.THRESHOLD
+
+
+def test_each_span_has_its_own_settings(isa):
+    logits, seeds = random_logits(12, 513), torch.arange(12)
+    per_span = {
+        "temperature": torch.tensor([0.0, 0.7, 1.5]),
+        "top_p": torch.tensor([1.0, 0.9, 0.5]),
+        "top_k": int32(3, 0, 40),
+        "alg_temp": torch.tensor([0.0, 0.3, 0.0]),
+        "threshold": torch.tensor([0.1, 0.2, 0.9]),
+        "step_idx": int32(0, 7, 2),
+    }
+    spans = spans_of(5, 4, 3, quotas=[2, 3, 3])
+    token_ids, stats = run(logits, spans, rule="threshold", seeds=seeds, **per_span)
+    position, cu_rows, quotas = spans
+    for span, (lo, hi) in enumerate(itertools.pairwise(cu_rows.tolist())):
+        alone = torch.full_like(token_ids, -5)
+        own = ops.unmask_(
+            alone, logits[lo:hi], position[lo:hi], int32(0, hi - lo), quotas[span : span + 1],
+            rule="threshold", seeds=seeds[lo:hi],
+            **{name: values[span].item() for name, values in per_span.items()},
+        )  # fmt: skip
+        assert torch.equal(alone[position[lo:hi]], token_ids[position[lo:hi]])
+        for actual, expected in zip(stats, own, strict=True):
+            assert torch.equal(actual[lo:hi], expected)
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+def test_selection_follows_the_confidences_given(rule, isa):
+    lengths, quotas = [40, 1, 0, 200, 17], [7, 1, 2, 199, 40]
+    spans = spans_of(*lengths, quotas=quotas)
+    # Few distinct rows, so that many confidences are exactly equal.
+    logits = random_logits(6, 33)[torch.arange(sum(lengths)) % 6]
+    token_ids, stats = run(logits, spans, rule=rule, threshold=0.5)
+    written = torch.zeros_like(stats.is_written)
+    first = 0
+    for length, quota in zip(lengths, quotas, strict=True):
+        rows = sorted(range(first, first + length), key=lambda r: (-stats.confidence[r].item(), r))
+        for rank, row in enumerate(rows[:quota]):
+            written[row] = rule != "threshold" or rank == 0 or stats.confidence[row] >= 0.5
+        first += length
+    assert torch.equal(stats.is_written, written)
+    expected = torch.full_like(token_ids, -5)
+    expected[spans[0][written]] = stats.candidate[written]
+    assert torch.equal(token_ids, expected)
+
+
+def test_lowest_id_wins_a_tie(isa):
+    logits = torch.zeros(3, 9000)
+    logits[0, [8000, 70, 4500]] = 2.0
+    logits[1, [4096, 4095]] = 2.0
+    stats = assert_agrees(logits, spans_of(3, quotas=[3]), rule="margin")
+    assert stats.candidate.tolist() == [70, 4095, 0]
+    assert stats.confidence.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.3, 0.97])
+def test_top_p_keeps_the_lowest_ids_of_equal_logits(top_p, isa):
+    vocab_size = 4500
+    num_kept = max(1, math.ceil(top_p * vocab_size))
+    logits = torch.full((300, vocab_size), 2.5)
+    _, stats = run(
+        logits, spans_of(300, quotas=[1]), top_p=top_p, temperature=1.0, seeds=torch.arange(300)
+    )
+    # Mass is summed in fp32, so the last of many equal tokens may fall on either side.
+    assert stats.confidence[0] == pytest.approx(-math.log(num_kept), abs=1.5 / num_kept + 1e-5)
+    assert stats.candidate.max() <= num_kept
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_top_k_keeps_what_ties_with_the_last(top_p, isa):
+    logits = torch.zeros(1, 6000)
+    logits[0, [5, 4097, 5999]] = 3.0
+    logits[0, [70, 71]] = 5.0
+    for top_k, kept in [(1, 2), (2, 2), (3, 5), (4, 5), (5, 5), (6, 6000), (5999, 6000)]:
+        stats = assert_agrees(
+            logits, spans_of(1, quotas=[1]), rule="probability", top_k=top_k, top_p=top_p
+        )
+        if top_p == 1.0:
+            mass = logits[0].sort(descending=True).values[:kept].exp().sum().item()
+            assert stats.confidence[0] == pytest.approx(math.exp(5.0) / mass, rel=1e-5), top_k
+
+
+def test_keeps_what_crosses_top_p(isa):
+    probs = torch.tensor([[0.125, 0.5, 0.25, 0.0625, 0.0625]])
+    for top_p, kept in [(0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.9, 4), (0.99, 5)]:
+        logits = probs.log()
+        mass = probs.sort(descending=True).values[0, :kept].sum().item()
+        _, stats = run(logits, spans_of(1, quotas=[1]), top_p=top_p, rule="probability")
+        assert stats.confidence[0] == pytest.approx(0.5 / mass, rel=1e-5), top_p
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_rows_that_are_no_distribution_are_flagged_and_disturb_nobody(settings, isa):
+    clean = random_logits(8, 5000)
+    spans, seeds = spans_of(4, 4, quotas=[2, 9]), torch.arange(8)
+    broken = clean.clone()
+    broken[1, 4999] = math.nan
+    broken[3] = -math.inf
+    broken[4, 17] = math.inf
+    broken[6, :] = math.nan
+    stats = assert_agrees(broken, spans, seeds=seeds, **settings)
+    assert stats.is_nan.tolist() == [False, True, False, True, True, False, True, False]
+    assert (stats.candidate[stats.is_nan] == -1).all()
+    assert not stats.is_written[stats.is_nan].any()
+    _, expected = run(clean, spans, seeds=seeds, **settings)
+    assert torch.equal(stats.confidence[~stats.is_nan], expected.confidence[~stats.is_nan])
+    assert torch.equal(stats.candidate[~stats.is_nan], expected.candidate[~stats.is_nan])
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_banned_ids_are_as_if_minus_infinity(settings, isa):
+    logits = random_logits(6, 9001)
+    banned = torch.cat([torch.arange(4200), logits.argmax(1), torch.tensor([9000])])
+    masked = logits.clone()
+    masked[:, banned] = -math.inf
+    logits[0, 17] = math.nan  # banned before anything looks at it
+    spans = spans_of(6, quotas=[6])
+    token_ids, stats = run(logits, spans, banned_ids=banned, **settings)
+    token_ids_masked, expected = run(masked, spans, **settings)
+    assert torch.equal(token_ids, token_ids_masked)
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected, strict=True))
+    assert not torch.isin(stats.candidate, banned).any()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_thread_count_changes_no_bit(settings, rows, isa):
+    logits, spans = random_logits(rows, 100_003), spans_of(rows, quotas=[rows])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            results.append(run(logits, spans, **settings)[1])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_row_does_not_depend_on_its_batch(settings, isa):
+    logits, seeds = random_logits(24, 40_001), torch.arange(24)
+    position, cu_rows, quotas = spans_of(24, quotas=[24])
+    _, whole = run(logits, (position, cu_rows, quotas), seeds=seeds, **settings)
+    for row in range(0, 24, 5):
+        token_ids = torch.zeros(1, dtype=torch.int64)
+        alone = ops.unmask_(
+            token_ids, logits[row : row + 1], int32(0), int32(0, 1), int32(1),
+            seeds=seeds[row : row + 1], positions=position[row : row + 1], **settings,
+        )  # fmt: skip
+        assert torch.equal(alone.confidence[0], whole.confidence[row])
+        assert token_ids[0] == whole.candidate[row]
+
+
+def test_rows_may_be_any_stride_apart(isa):
+    wide, spans = random_logits(5, 1000), spans_of(5, quotas=[3])
+    for start in (0, 1, 13):
+        view = wide[:, start : start + 777]
+        actual, expected = run(view, spans)[1], run(view.contiguous(), spans)[1]
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_nothing_to_do():
+    empty = spans_of(quotas=[])
+    token_ids, stats = run(random_logits(0, 50), empty)
+    assert [len(part) for part in stats] == [0, 0, 0, 0]
+    token_ids, stats = run(random_logits(2, 50), spans_of(2, quotas=[-1]))
+    assert not stats.is_written.any()
+    assert (token_ids == -5).all()
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def assert_drawn_from(probs, counts):
+    """Chi-square: within 4.5 standard deviations of what the distribution gives."""
+    expected = probs.double() * counts.sum()
+    enough = expected > 5
+    assert counts[expected == 0].sum() == 0
+    statistic = ((counts - expected)[enough] ** 2 / expected[enough]).sum()
+    freedom = max(1, int(enough.sum()) - 1)
+    assert abs(statistic - freedom) < 4.5 * math.sqrt(2 * freedom) + 1, (statistic, freedom)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 0.8}, {"top_k": 20}, {"top_p": 0.9, "top_k": 11}], ids=str
+)
+@pytest.mark.parametrize("vary", ["seeds", "positions"])
+def test_candidates_are_drawn_from_the_filtered_distribution(vary, settings, isa):
+    num_draws, temperature = 20_000, 1.4
+    row = random_logits(1, 60)[0] / 2
+    values = torch.arange(num_draws)
+    address = {"seeds": values * 7919} if vary == "seeds" else {"positions": values.int()}
+    _, stats = run(
+        row.expand(num_draws, -1), spans_of(num_draws, quotas=[0]), temperature=temperature,
+        **address, **settings,
+    )  # fmt: skip
+    scaled = row.double() / temperature
+    kept = reference.keep_prefix(scaled, settings.get("top_p", 1.0), settings.get("top_k", 0))
+    probs = torch.softmax(scaled.masked_fill(~kept, -math.inf), -1)
+    assert_drawn_from(probs, torch.bincount(stats.candidate, minlength=60))
+
+
+def test_steps_and_seeds_draw_different_tokens():
+    logits, spans = torch.zeros(64, 5000), spans_of(64, quotas=[64])
+    draws = [
+        run(logits, spans, temperature=1.0, seeds=torch.full((64,), seed), step_idx=step)[1]
+        for seed, step in [(0, 0), (0, 1), (1, 0), (1 << 32, 0), (-1, 0), (0, 0)]
+    ]
+    for a, b in itertools.combinations(draws[:5], 2):
+        assert (a.candidate == b.candidate).float().mean() < 0.1
+    assert torch.equal(draws[0].candidate, draws[5].candidate)
+
+
+@pytest.mark.parametrize("quota", [1, 2])
+def test_alg_temp_draws_positions_without_replacement(quota):
+    num_draws, alg_temp = 8000, 0.3
+    logits = torch.tensor([[3.0, 0, 0], [2.0, 0, 0], [1.0, 0, 0], [0.5, 0, 0]])
+    rows = logits.repeat(num_draws, 1)
+    spans = spans_of(*[4] * num_draws, quotas=[quota] * num_draws)
+    _, stats = run(
+        rows, spans, rule="probability", alg_temp=alg_temp,
+        seeds=torch.arange(num_draws).repeat_interleave(4),
+    )  # fmt: skip
+    p = torch.softmax(stats.confidence[:4].double() / alg_temp, 0)
+    written = stats.is_written.view(num_draws, 4)
+    assert (written.sum(1) == quota).all()
+    if quota == 1:
+        assert_drawn_from(p, written.sum(0))
+        return
+    pairs = list(itertools.combinations(range(4), 2))
+    expected = [p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b]) for a, b in pairs]
+    counts = [(written[:, a] & written[:, b]).sum() for a, b in pairs]
+    assert_drawn_from(torch.stack(expected), torch.stack(counts))
+
+
+def test_reference_philox_known_answer():
+    words = reference.philox(
+        (torch.tensor(0x243F6A88), 0x85A308D3, 0x13198A2E, 0x03707344),
+        torch.tensor(0x299F31D0A4093822),
+    )
+    assert [int(w) for w in words] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+# -- the op in torch -----------------------------------------------------------------------------
+
+
+def arguments(vocab_size=40, dtype=F32):
+    return {
+        "token_ids": torch.zeros(20, dtype=torch.int64),
+        "logits": random_logits(6, vocab_size, dtype),
+        "row_position": int32(1, 2, 5, 7, 8, 9),
+        "cu_rows_span": int32(0, 2, 6),
+        "num_unmask": int32(1, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_unmask": torch.tensor([1, 2])}, "expected int32 [num_spans], got int64 [2]"),
+        ({"token_ids": torch.zeros(20)}, "expected int64 [total_tokens], got float32 [20]"),
+        ({"logits": torch.zeros(6, 40).half()}, "expected float32 or bfloat16"),
+        ({"logits": torch.zeros(40, 6).T}, "expected rows without gaps, got strides (1, 6)"),
+        ({"row_position": int32(1, 2, 3)}, "expected int32 [6], got int32 [3]"),
+        ({"row_position": int32(1, 2, 5, 7, 8, 20)}, "[5]: expected 0 to 19, got 20"),
+        ({"row_position": int32(-1, 2, 5, 7, 8, 9)}, "[0]: expected 0 to 19, got -1"),
+        ({"row_position": int32(2, 2, 5, 7, 8, 9)}, "[1]: expected ascending positions"),
+        ({"cu_rows_span": int32(0, 2, 5)}, "expected to end at num_rows = 6, got 5"),
+        ({"cu_rows_span": int32(1, 2, 6)}, "expected to start at 0, got 1"),
+        ({"cu_rows_span": int32(0, 7, 6)}, "expected ascending values, got 0 before 7"),
+        ({"cu_rows_span": int32(0, 6)}, "expected int32 [3], got int32 [2]"),
+        ({"rule": "best"}, "expected one of entropy, probability, margin, threshold, got 'best'"),
+        ({"threshold": None, "rule": "threshold"}, "expected a value with rule 'threshold'"),
+        ({"temperature": -1.0}, "expected >= 0, got -1"),
+        ({"temperature": math.nan}, "expected >= 0, got nan"),
+        ({"temperature": "hot"}, "expected a number or a tensor [num_spans], got 'hot'"),
+        ({"temperature": torch.zeros(3)}, "expected float32 [2], got float32 [3]"),
+        ({"top_p": -0.5}, "expected >= 0, got -0.5"),
+        ({"top_k": -3}, "expected >= 0, got -3"),
+        ({"top_k": 1.5}, "expected an integer or a tensor [num_spans], got 1.5"),
+        ({"alg_temp": -1.0}, "expected >= 0, got -1"),
+        ({"banned_ids": torch.tensor([3, 40])}, "[1]: expected 0 to 39, got 40"),
+        ({"seeds": torch.zeros(5, dtype=torch.int64)}, "expected int64 [6], got int64 [5]"),
+        ({"positions": torch.zeros(6)}, "expected int32 [6], got float32 [6]"),
+        ({"impl": "gpu"}, "expected one of auto, cpu, cuda, triton, reference, got 'gpu'"),
+        ({"impl": "cuda"}, "cuda is not available on cpu"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_nothing_is_written(changed, message):
+    inputs = arguments() | changed
+    before = inputs["token_ids"].clone()
+    name = next(iter(changed))
+    with pytest.raises(ValueError, match=f"{name}.*{re.escape(message)}"):
+        ops.unmask_(**inputs)
+    assert torch.equal(inputs["token_ids"], before)
+
+
+def test_logits_that_require_grad_are_refused():
+    inputs = arguments()
+    inputs["logits"].requires_grad_()
+    with pytest.raises(RuntimeError, match="unmask_: logits requires grad"):
+        ops.unmask_(**inputs)
+    with torch.no_grad():
+        ops.unmask_(**inputs)
+
+
+def test_reference_impl_is_the_reference():
+    actual, expected = arguments(), arguments()
+    stats = ops.unmask_(**actual, impl="reference", temperature=0.9, top_p=0.9)
+    stats_ref = reference.unmask_(**expected, temperature=0.9, top_p=0.9)
+    assert torch.equal(actual["token_ids"], expected["token_ids"])
+    assert torch.equal(stats.confidence, stats_ref[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_opcheck(dtype):
+    settings = [
+        torch.ones(2),
+        torch.ones(2),
+        int32(0, 9),
+        torch.zeros(2),
+        torch.zeros(2),
+        int32(0, 1),
+    ]
+    torch.library.opcheck(
+        torch.ops.pdiff.unmask_,
+        (*arguments(dtype=dtype).values(), "entropy", *settings, None, None, None, "auto"),
+    )
+
+
+def test_compiles_without_graph_breaks():
+    def step(inputs, top_p):
+        logits = inputs["logits"] * 1.5
+        return ops.unmask_(**{**inputs, "logits": logits}, temperature=0.7, top_p=top_p, top_k=9)
+
+    actual, expected = arguments(), arguments()
+    top_p = torch.tensor([0.9, 0.5])
+    stats = torch.compile(step, fullgraph=True)(actual, top_p)
+    stats_eager = step(expected, top_p)
+    assert torch.equal(actual["token_ids"], expected["token_ids"])
+    assert all(torch.equal(a, b) for a, b in zip(stats, stats_eager, strict=True))
