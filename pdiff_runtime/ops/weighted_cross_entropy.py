@@ -127,8 +127,9 @@ def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _scaled(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
-    """The gradient that reaches the logits; the plain ``loss.backward()`` copies nothing."""
-    if grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss == 1.0:
+    """The gradient that reaches the logits; a plain ``loss.backward()`` copies nothing."""
+    has_value = type(grad_loss) is Tensor and grad_loss.device.type == "cpu"  # not being traced
+    if has_value and grad_loss == 1.0:
         return dlogits
     return dlogits * grad_loss.to(dlogits.dtype)
 

@@ -1,0 +1,247 @@
+"""weighted_cross_entropy against the float64 reference: loss, parts and gradient."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from pdiff_runtime import ops
+from pdiff_runtime.ops import reference
+from pdiff_runtime.testing import use_isa
+
+F32, BF16 = torch.float32, torch.bfloat16
+VOCAB_SIZES = [1, 7, 17, 1000, 4096, 32003]
+
+
+@pytest.fixture(params=["generic", "avx512"])
+def isa(request):
+    with use_isa(request.param) as available:
+        if not available:
+            pytest.skip(f"{request.param} is not built or not on this machine")
+        yield request.param
+
+
+def problem(rows=11, vocab_size=1000, dtype=F32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, vocab_size, (rows,), generator=generator)
+    labels[2:3] = -100
+    return {
+        "logits": (4 * torch.randn(rows, vocab_size, generator=generator)).to(dtype),
+        "labels": labels,
+        "weight": 5 * torch.rand(rows, generator=generator),
+        "kind": torch.randint(0, 2, (rows,), generator=generator, dtype=torch.uint8),
+    }
+
+
+def exact(arguments, normaliser):
+    """Outputs and gradient of the reference, the gradient in float64."""
+    dlogits = torch.empty_like(arguments["logits"], dtype=torch.float64)
+    return reference.weighted_cross_entropy(
+        **arguments, normaliser=normaliser, dlogits=dlogits
+    ), dlogits
+
+
+def loss_and_gradient(arguments, normaliser=7.0, factor=1.0, **options):
+    """The op on logits that a model computed, as it is used."""
+    leaf = arguments["logits"].clone().requires_grad_()
+    result = ops.weighted_cross_entropy(
+        **arguments | {"logits": leaf * 1.0}, normaliser=normaliser, **options
+    )
+    (factor * result.loss).backward()
+    return result, leaf.grad
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_agrees_with_reference(vocab_size, dtype, inplace_backward, isa):
+    arguments = problem(vocab_size=vocab_size, dtype=dtype)
+    result, gradient = loss_and_gradient(arguments, inplace_backward=inplace_backward)
+    (loss, weighted_sums, unweighted_sums, counts), dlogits = exact(arguments, 7.0)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(result.weighted_sums, weighted_sums, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(result.unweighted_sums, unweighted_sums, rtol=1e-5, atol=0.0)
+    assert torch.equal(result.counts, counts)
+    assert gradient.dtype == dtype
+    rtol = 1e-5 if dtype == F32 else 2**-8
+    torch.testing.assert_close(gradient.double(), dlogits, rtol=rtol, atol=1e-7)
+    assert not any(part.requires_grad for part in result[1:])
+
+
+def test_equals_torch():
+    arguments = problem(rows=40)
+    leaf = arguments["logits"].clone().requires_grad_()
+    ce = torch.nn.functional.cross_entropy(leaf, arguments["labels"], reduction="none")
+    loss = (ce * arguments["weight"]).sum() / 7.0
+    loss.backward()
+    result, gradient = loss_and_gradient(arguments)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_forward_alone_gives_the_same_loss(isa):
+    arguments = problem()
+    with_gradient, _ = loss_and_gradient(arguments)
+    without = ops.weighted_cross_entropy(**arguments, normaliser=7.0)
+    assert not without.loss.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(with_gradient, without, strict=True))
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_gradient_of_what_follows_the_loss(inplace_backward):
+    _, gradient = loss_and_gradient(problem(), inplace_backward=inplace_backward)
+    _, tripled = loss_and_gradient(problem(), factor=3.0, inplace_backward=inplace_backward)
+    torch.testing.assert_close(tripled, 3 * gradient)
+
+
+@pytest.mark.parametrize("normaliser", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_normaliser_zero_gives_zero(normaliser, isa):
+    arguments = problem()
+    result, gradient = loss_and_gradient(arguments, normaliser)
+    assert result.loss == 0
+    assert not gradient.any()
+    _, weighted_sums, *_ = exact(arguments, 0.0)[0]
+    torch.testing.assert_close(result.weighted_sums, weighted_sums)
+
+
+def test_normaliser_may_be_a_tensor():
+    result, gradient = loss_and_gradient(problem(), torch.tensor(7))
+    expected, gradient_expected = loss_and_gradient(problem(), 7.0)
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(gradient, gradient_expected)
+
+
+def test_ignored_rows_get_zero_whatever_they_hold(isa):
+    arguments = problem()
+    arguments["labels"][4] = -100
+    arguments["logits"][4] = math.nan
+    arguments["weight"][5] = 0.0
+    result, gradient = loss_and_gradient(arguments)
+    assert torch.isfinite(result.loss)
+    assert not gradient[4].any()
+    assert not gradient[5].any()
+    assert result.counts.sum() == 9  # a weight of 0 still counts
+    everything = problem()
+    everything["labels"][:] = -100
+    result, gradient = loss_and_gradient(everything)
+    assert result.loss == 0
+    assert not gradient.any()
+
+
+def test_extreme_logits(isa):
+    arguments = problem(rows=4, vocab_size=100)
+    arguments["logits"][0] = -math.inf
+    arguments["logits"][0, 17] = 3.0
+    arguments["logits"][1] = 1e4 * torch.arange(100)
+    arguments["logits"][3] = -1e30
+    arguments["labels"] = torch.tensor([17, 99, 5, 8])
+    result, gradient = loss_and_gradient(arguments)
+    (loss, *_), dlogits = exact(arguments, 7.0)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(gradient.double(), dlogits, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 60])
+def test_thread_count_changes_no_bit(rows, isa):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            results.append(loss_and_gradient(problem(rows, 20_011)))
+    finally:
+        torch.set_num_threads(before)
+    (one, gradient_one), (two, gradient_two) = results
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert torch.equal(gradient_one, gradient_two)
+
+
+def test_gradient_of_a_row_does_not_depend_on_its_batch(isa):
+    arguments = problem(rows=9)
+    _, whole = loss_and_gradient(arguments)
+    for row in range(9):
+        _, alone = loss_and_gradient({name: x[row : row + 1] for name, x in arguments.items()})
+        assert torch.equal(alone[0], whole[row])
+
+
+def test_inplace_writes_over_the_logits_and_warns_those_who_kept_them():
+    arguments = problem()
+    leaf = arguments["logits"].clone().requires_grad_()
+    logits = leaf * 1.0
+    result = ops.weighted_cross_entropy(
+        **arguments | {"logits": logits}, normaliser=7.0, inplace_backward=True
+    )
+    dlogits = exact(arguments, 7.0)[1]
+    torch.testing.assert_close(logits.detach().double(), dlogits, rtol=1e-5, atol=1e-7)
+    result.loss.backward()
+    assert torch.equal(leaf.grad, logits.detach())
+
+    kept = leaf.tanh()  # whose backward reads its output
+    result = ops.weighted_cross_entropy(
+        **arguments | {"logits": kept}, normaliser=7.0, inplace_backward=True
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.loss.backward()
+    with pytest.raises(ValueError, match="expected logits computed by the model, got a leaf"):
+        ops.weighted_cross_entropy(
+            **arguments | {"logits": leaf}, normaliser=7.0, inplace_backward=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logits": torch.zeros(11, 1000).double()}, "expected float32 or bfloat16"),
+        ({"logits": torch.zeros(1000, 11).T}, "expected rows without gaps"),
+        ({"labels": torch.zeros(10, dtype=torch.int64)}, "expected int64 [11], got int64 [10]"),
+        ({"labels": torch.full((11,), 1000)}, "[0]: expected 0 to 999 or -100, got 1000"),
+        ({"labels": torch.full((11,), -1)}, "[0]: expected 0 to 999 or -100, got -1"),
+        ({"weight": torch.zeros(11).bfloat16()}, "expected float32 [11], got bfloat16 [11]"),
+        ({"kind": torch.zeros(11, dtype=torch.bool)}, "expected uint8 [11], got bool [11]"),
+        ({"kind": torch.full((11,), 2, dtype=torch.uint8)}, "[0]: expected 0 or 1, got 2"),
+        ({"impl": "triton"}, "triton is not available on cpu"),
+    ],
+)
+def test_a_wrong_argument_is_named(changed, message):
+    name = next(iter(changed))
+    with pytest.raises(ValueError, match=f"{name}.*{re.escape(message)}"):
+        ops.weighted_cross_entropy(**problem() | changed, normaliser=1.0)
+
+
+def test_reference_impl_is_the_reference():
+    arguments = problem()
+    result, gradient = loss_and_gradient(arguments, impl="reference")
+    expected, dlogits = exact(arguments, 7.0)
+    assert torch.equal(result.loss, expected[0])
+    torch.testing.assert_close(gradient.double(), dlogits, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_opcheck(needs_grad):
+    arguments = problem(rows=4, vocab_size=33)
+    arguments["logits"].requires_grad_(needs_grad)
+    torch.library.opcheck(
+        torch.ops.pdiff.weighted_cross_entropy,
+        (*arguments.values(), torch.tensor(7.0), needs_grad, "auto"),
+    )
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_compiles_without_graph_breaks(inplace_backward):
+    arguments = problem()
+
+    def step(logits):
+        return ops.weighted_cross_entropy(
+            **arguments | {"logits": logits * 1.5}, normaliser=7.0,
+            inplace_backward=inplace_backward,
+        )  # fmt: skip
+
+    def gradient(function):
+        leaf = arguments["logits"].clone().requires_grad_()
+        result = function(leaf)
+        result.loss.backward()
+        return result.loss, leaf.grad
+
+    compiled, eager = gradient(torch.compile(step, fullgraph=True)), gradient(step)
+    torch.testing.assert_close(compiled, eager)
