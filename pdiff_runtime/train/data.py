@@ -98,7 +98,9 @@ class DocumentEncoder:
                 answer = self._span(answer, -(-len(answer) // self.length_unit))
             elif form != "untagged":
                 raise ValueError(f"form: expected one of {FORMATS}, got {form!r}")
-        return EncodedDocument([*prompt, *answer, self.tags.eos], len(prompt))
+        # A reply that is one span has no plan: its <async> is given, and eos before it no target.
+        prompt_len = len(prompt) + (form == "diffusion")
+        return EncodedDocument([*prompt, *answer, self.tags.eos], prompt_len)
 
     def visible_text(self, document: TaggedDocument) -> str:
         """The document's answer as a reader sees it: no plan, no tags, parts joined by a space."""
