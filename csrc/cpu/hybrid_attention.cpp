@@ -46,9 +46,13 @@ const cpu::HybridAttentionForward& forward_kernel([[maybe_unused]] DType dtype) 
   return cpu::generic::hybrid_attention_forward;
 }
 
-const cpu::HybridAttentionBackward& backward_kernel() {
+const cpu::HybridAttentionBackward& backward_kernel([[maybe_unused]] DType dtype) {
+  [[maybe_unused]] const Isa isa = selected_isa();
+#if PDIFF_HAVE_AMX
+  if (isa >= Isa::kAmx && dtype == DType::kBFloat16) return cpu::amx::hybrid_attention_backward;
+#endif
 #if PDIFF_HAVE_AVX512
-  if (selected_isa() >= Isa::kAvx512) return cpu::avx512::hybrid_attention_backward;
+  if (isa >= Isa::kAvx512) return cpu::avx512::hybrid_attention_backward;
 #endif
   return cpu::generic::hybrid_attention_backward;
 }
@@ -73,6 +77,8 @@ int heads_per_task(const PlanHeader& plan, const PlanSequence& sequence) {
 void hybrid_attention(const HybridAttentionParams& params) {
   const PlanHeader& plan = params.plan.header;
   check_tensors(plan, params.q, params.k, params.v, params.out);
+  PDIFF_CHECK(params.softmax_scale >= 0.0f, "softmax_scale: expected >= 0, got ",
+              params.softmax_scale);
   const cpu::HybridAttentionForward& kernel = forward_kernel(params.dtype);
   const int64_t workspace_floats = kernel.workspace_floats(plan);
   const int64_t num_tasks = int64_t{plan.num_tiles} * plan.num_heads_kv;
@@ -88,7 +94,7 @@ void hybrid_attention_backward(const HybridAttentionBackwardParams& params) {
   check_tensors(plan, params.q, params.k, params.v, params.out);
   check_tensors(plan, params.dout, params.dk, params.dv, params.dq);
   PDIFF_CHECK(plan.total_q == 0 || params.lse != nullptr, "lse: expected memory, got null");
-  const cpu::HybridAttentionBackward& kernel = backward_kernel();
+  const cpu::HybridAttentionBackward& kernel = backward_kernel(params.dtype);
 
   // One entry per sequence and KV head: its tasks' parts of dk and dv lie one after another.
   struct Gradient {
@@ -98,7 +104,6 @@ void hybrid_attention_backward(const HybridAttentionBackwardParams& params) {
   std::vector<Gradient> gradients;
   std::vector<cpu::HybridAttentionBackwardTask> tasks;
   const int group_size = plan.num_heads_q / plan.num_heads_kv;
-  const int64_t ld = cpu::row_floats(plan.head_dim);
   int64_t num_floats = 0;
   for (int32_t i = 0; i < plan.num_sequences; ++i) {
     const int32_t idx = params.plan.sequence_order[i];
@@ -106,12 +111,12 @@ void hybrid_attention_backward(const HybridAttentionBackwardParams& params) {
     const int heads = heads_per_task(plan, sequence);
     for (int32_t kv_head = 0; kv_head < plan.num_heads_kv; ++kv_head) {
       gradients.push_back({idx, kv_head, group_size / heads, num_floats});
-      num_floats += group_size / heads * sequence.num_keys * ld;
+      num_floats += group_size / heads * cpu::part_floats(plan, sequence);
     }
   }
   const AlignedFloats dk = allocate_floats(num_floats), dv = allocate_floats(num_floats);
   for (const Gradient& gradient : gradients) {
-    const int64_t part_floats = params.plan.sequences[gradient.sequence].num_keys * ld;
+    const int64_t part_floats = cpu::part_floats(plan, params.plan.sequences[gradient.sequence]);
     const int heads = group_size / gradient.num_parts;
     for (int32_t part = 0; part < gradient.num_parts; ++part) {
       const int32_t head_lo = gradient.kv_head * group_size + part * heads;

@@ -9,7 +9,7 @@ namespace pdiff::cpu {
 /// One backward task: query heads [head_lo, head_hi) of one KV head over one sequence.
 struct HybridAttentionBackwardTask {
   int32_t sequence, kv_head, head_lo, head_hi;
-  float* dk;  // [num_keys, row_floats(head_dim)], this task's part; written, not added to
+  float* dk;  // [num_keys + 31, row_floats(head_dim)], this task's part; written, not added to
   float* dv;  // as dk
 };
 
@@ -29,9 +29,14 @@ struct HybridAttentionBackward {
                  int num_parts, const float* dk, const float* dv);
 };
 
-/// Floats per row of a buffer of vectors of head_dim: whole cache lines and an odd number of them,
-/// so that a column of rows spreads over all sets of the first-level cache.
-constexpr int64_t row_floats(int64_t head_dim) { return ((head_dim + 15) / 16 | 1) * 16; }
+/// Floats per row of a buffer of vectors of head_dim: room for whole tiles of 32, and an odd number
+/// of cache lines, so that a column of rows spreads over all sets of the first-level cache.
+constexpr int64_t row_floats(int64_t head_dim) { return (head_dim + 31) / 32 * 32 + 16; }
+
+/// Floats of one part of dk or dv. Tiles of 32 keys may add zeros past the last key.
+constexpr int64_t part_floats(const PlanHeader& plan, const PlanSequence& sequence) {
+  return (int64_t{sequence.num_keys} + 31) * row_floats(plan.head_dim);
+}
 
 namespace generic {
 extern const HybridAttentionForward hybrid_attention_forward;
@@ -41,8 +46,9 @@ namespace avx512 {
 extern const HybridAttentionForward hybrid_attention_forward;
 extern const HybridAttentionBackward hybrid_attention_backward;
 }  // namespace avx512
-namespace amx {
-extern const HybridAttentionForward hybrid_attention_forward;  // bfloat16 only
+namespace amx {  // bfloat16 only
+extern const HybridAttentionForward hybrid_attention_forward;
+extern const HybridAttentionBackward hybrid_attention_backward;
 }  // namespace amx
 
 }  // namespace pdiff::cpu

@@ -61,7 +61,7 @@ def hybrid_attention(
             ``[num_pages, page_size, num_heads_kv, head_dim]`` if the plan has a page table.
         v: As ``k``.
         plan: From :meth:`AttentionPlan.pack`.
-        softmax_scale: ``head_dim ** -0.5`` if None.
+        softmax_scale: Not negative; ``head_dim ** -0.5`` if None.
         return_lse: Also return the logarithm of each row's sum.
 
     Returns:

@@ -14,116 +14,14 @@
 // The vector layer comes first.
 #include <math.h>
 
-#include "cpu/amx/tile.h"
-#include "cpu/kernels/attention_tile.h"
+#include "cpu/amx/pack.h"
 
 namespace pdiff::cpu::amx {
 namespace {
 
-constexpr int kKeySteps = kTileKeys / kTileDepth;
-
 // The maximum that scores are measured from may lag behind by this much, in units of log2: a weight
 // is then at most 2^8, which costs nothing in floating point, and the output is seldom rescaled.
 constexpr float kSlack = 8.0f;
-
-// 2^x for x <= 128, relative error below 3e-6: the result is rounded to 8 bits anyway.
-PDIFF_INLINE Vec exp2_coarse(Vec x) {
-  x = max(broadcast(-126.0f), x);
-  constexpr int kFromFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  const Vec f = {_mm512_reduce_ps(x.v, kFromFloor)};
-  Vec p = broadcast(0x1.bb7cd4p-7f);
-  p = fma(p, f, broadcast(0x1.aa13fp-5f));
-  p = fma(p, f, broadcast(0x1.ee798ap-3f));
-  p = fma(p, f, broadcast(0x1.62d166p-1f));
-  p = fma(p, f, broadcast(0x1.00002cp+0f));
-  return {_mm512_scalef_ps(p.v, x.v)};  // times 2^floor(x)
-}
-
-PDIFF_INLINE void transpose_words(__m512i (&rows)[16]) {
-  Vec square[16];
-  for (int i = 0; i < 16; ++i) square[i].v = _mm512_castsi512_ps(rows[i]);
-  transpose(square);
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_castps_si512(square[i].v);
-}
-
-// 32 elements of a row from `column` on; zero past the row's end, and for no row.
-PDIFF_INLINE __m512i load_elements(const bfloat16* row, int column, int head_dim) {
-  const int n = row == nullptr ? 0 : min(head_dim - column, kTileDepth);
-  return n == kTileDepth ? _mm512_loadu_si512(row + column)
-                         : _mm512_maskz_loadu_epi16((uint64_t{1} << n) - 1, row + column);
-}
-
-// to[panel][step][half] <- tiles of pairs of the rows, 32 elements a step, 16 rows a half
-void pack_queries(const bfloat16* base, int64_t stride, int head_dim, const TileRows& rows,
-                  bool negate, bfloat16* to) {
-  const int num_steps = (head_dim + kTileDepth - 1) / kTileDepth;
-  const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(negate ? 0x8000 : 0));
-  const bfloat16* from[kTileRows];
-  int num_pending = 0;
-  const auto flush = [&](int row_lo) {
-    const int panel = row_lo / kPanelRows, half = row_lo % kPanelRows / kTileRows;
-    for (int r = num_pending; r < kTileRows; ++r) from[r] = nullptr;
-    for (int step = 0; step < num_steps; ++step) {
-      __m512i words[16];
-      for (int r = 0; r < kTileRows; ++r) {
-        words[r] = _mm512_xor_si512(load_elements(from[r], step * kTileDepth, head_dim), sign);
-      }
-      transpose_words(words);
-      bfloat16* tile = to + ((panel * num_steps + step) * 2 + half) * kTileElements;
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * kTileDepth, words[i]);
-    }
-    num_pending = 0;
-  };
-  for_each_row(rows, [&](int row, int token, int head) {
-    from[num_pending++] = base + token * stride + int64_t{head} * head_dim;
-    if (num_pending == kTileRows) flush(row + 1 - kTileRows);
-  });
-  for (int row = rows.num_rows() - num_pending; row < rows.padded_rows(); row += kTileRows) {
-    flush(row);
-  }
-}
-
-// to[key][padded head_dim]
-void pack_keys(const KeyRows<bfloat16>& keys, const KeyTile& tile, int head_dim, bfloat16* to) {
-  const int64_t padded_dim = round_up(head_dim, kTileDepth);
-  for_each_key(keys, tile.key_lo, tile.num_keys, [&](int j, const bfloat16* row) {
-    for (int i = 0; i < head_dim; i += kTileDepth) {
-      _mm512_store_si512(to + j * padded_dim + i, load_elements(row, i, head_dim));
-    }
-  });
-}
-
-// to[head_dim tile][key step][16 elements of head_dim][32 keys]; zero for keys past the last
-void pack_values(const KeyRows<bfloat16>& values, const KeyTile& tile, int head_dim, bfloat16* to) {
-  const bfloat16* rows[kTileKeys] = {};
-  for_each_key(values, tile.key_lo, tile.num_keys,
-               [&](int j, const bfloat16* row) { rows[j] = row; });
-  for (int step = 0; step * kTileDepth < tile.num_keys; ++step) {
-    const bfloat16** step_rows = rows + step * kTileDepth;
-    for (int column = 0; column < head_dim; column += kTileDepth) {
-      __m512i low[16], high[16];
-      for (int i = 0; i < 16; ++i) {
-        const __m512i even = load_elements(step_rows[2 * i], column, head_dim);
-        const __m512i odd = load_elements(step_rows[2 * i + 1], column, head_dim);
-        low[i] = _mm512_unpacklo_epi16(even, odd);
-        high[i] = _mm512_unpackhi_epi16(even, odd);
-      }
-      transpose_words(low);
-      transpose_words(high);
-      // The unpacks leave, of each 8 elements, the first 4 in `low` and the others in `high`.
-      for (int i = 0; i < 16; ++i) {
-        const int element = column + i / 4 * 8 + i % 4;
-        const auto row_of = [&](int e) {
-          const int head_dim_tile = e / kTileRows;
-          return to + (head_dim_tile * kKeySteps + step) * kTileElements +
-                 e % kTileRows * kTileDepth;
-        };
-        _mm512_store_si512(row_of(element), low[i]);
-        _mm512_store_si512(row_of(element + 4), high[i]);
-      }
-    }
-  }
-}
 
 // Softmax of the scores of some keys for 16 rows, in the running form: raises m if a score exceeds
 // it by more than kSlack, then
@@ -159,13 +57,8 @@ PDIFF_INLINE bool softmax_step(const float* s, int num_keys, float scale, const 
     const Vec weight = exp2_coarse(fma(load(s + j * kPanelRows), factor, zero() - new_m));
     return kPartial ? select(is_seen(j), weight, zero()) : weight;
   };
-  // Pairs (even, odd) of the rows 0 to 15 out of all evens, then all odds.
-  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const auto store_pair = [&](int j, Vec even, Vec odd) {
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-    bfloat16* row = p + j / kTileDepth * 2 * kTileElements + j % kTileDepth / 2 * kTileDepth;
-    _mm512_store_si512(row, _mm512_permutexvar_epi16(pairs, halves));
+    _mm512_store_si512(p + pair_offset(j), narrow_pairs(even, odd));
   };
   j = 0;
   for (; j + kChains <= num_keys; j += kChains) {
@@ -199,6 +92,8 @@ struct ForwardBuffers {
   float* m;      // [rows] running maximum up to kSlack, in units of log2
   float* l;      // [rows] running sum
   float* alpha;  // [kPanelRows]
+  const bfloat16** q_rows;
+  bfloat16** out_rows;
   VisibleKeys visible;
 
   ForwardBuffers(const PlanHeader& plan, Arena& arena)
@@ -213,6 +108,8 @@ struct ForwardBuffers {
     m = arena.take(rows);
     l = arena.take(rows);
     alpha = arena.take(kPanelRows);
+    q_rows = arena.take<const bfloat16*>(rows);
+    out_rows = arena.take<bfloat16*>(rows);
   }
 
  private:
@@ -285,17 +182,16 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   ForwardBuffers x(plan, arena);
   configure_tiles();
 
-  // A negative scale is one of -q: the largest score is then the largest product.
-  const bool negate = params.softmax_scale < 0.0f;
-  const float scale = (negate ? -params.softmax_scale : params.softmax_scale) * kLog2E;
+  const float scale = params.softmax_scale * kLog2E;
   const auto* q = static_cast<const bfloat16*>(params.q) + sequence.row_begin * params.q_stride;
-  pack_queries(q, params.q_stride, head_dim, rows, negate, x.qt);
+  row_pointers(q, params.q_stride, head_dim, rows, x.q_rows);
+  pack_pairs_of_elements(x.q_rows, rows.padded_rows(), head_dim, x.qt);
   for (int row = 0; row < rows.padded_rows(); ++row) x.m[row] = kNoScore, x.l[row] = 0.0f;
   for (int i = 0; i < rows.padded_rows() * padded_dim; i += 16) store(x.out_t + i, zero());
 
   const auto attend_panels = [&](const KeyTile& key_tile) {
     pack_keys(keys, key_tile, head_dim, x.k);
-    pack_values(values, key_tile, head_dim, x.vt);
+    pack_keys_transposed(values, key_tile, head_dim, x.vt);
     for (int panel = 0; panel * kPanelRows < num_rows; ++panel) {
       const PanelKeys seen = panel_keys(x.visible, key_tile, panel);
       if (seen.num_keys == 0) continue;
@@ -308,34 +204,19 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
                     attend_panels);
   _tile_release();
 
-  // out <- out^T / l, 16 rows at a time
-  bfloat16* out[kTileRows];
-  int num_pending = 0;
-  const auto flush = [&](int row_lo) {
-    const Vec l = load(x.l + row_lo);
-    const Vec inverse = select(zero() < l, broadcast(1.0f) / l, l);  // no key: 0; a NaN stays
-    const float* out_t = x.out_t + int64_t{row_lo / kPanelRows} * kPanelRows * padded_dim;
-    for (int i = 0; i < head_dim; i += kTileRows) {
-      Vec square[kTileRows];
-      for (int j = 0; j < kTileRows; ++j) {
-        square[j] = load(out_t + (i + j) * kPanelRows + row_lo % kPanelRows) * inverse;
-      }
-      transpose(square);
-      for (int r = 0; r < num_pending; ++r) store_first(out[r] + i, square[r], head_dim - i);
-    }
-    num_pending = 0;
-  };
+  // out <- out^T / l
   for_each_row(rows, [&](int row, int token, int head) {
-    const int64_t packed_row = int64_t{sequence.row_begin} + token;
+    const bool sees_a_key = x.l[row] != 0.0f;
     if (params.lse != nullptr) {
-      params.lse[int64_t{head} * plan.total_q + packed_row] =
-          x.l[row] == 0.0f ? -INFINITY : x.m[row] * kLn2 + logf(x.l[row]);
+      params.lse[int64_t{head} * plan.total_q + sequence.row_begin + token] =
+          sees_a_key ? x.m[row] * kLn2 + logf(x.l[row]) : -INFINITY;
     }
-    out[num_pending++] =
-        static_cast<bfloat16*>(params.out) + (packed_row * plan.num_heads_q + head) * head_dim;
-    if (num_pending == kTileRows) flush(row + 1 - kTileRows);
+    x.l[row] = sees_a_key ? 1.0f / x.l[row] : 0.0f;
   });
-  if (num_pending > 0) flush(num_rows - num_pending);
+  const int64_t token_elements = int64_t{plan.num_heads_q} * head_dim;
+  auto* out = static_cast<bfloat16*>(params.out) + sequence.row_begin * token_elements;
+  row_pointers(out, token_elements, head_dim, rows, x.out_rows);
+  unpack_rows(x.out_t, x.l, num_rows, head_dim, x.out_rows);
 }
 
 int64_t forward_workspace_floats(const PlanHeader& plan) {

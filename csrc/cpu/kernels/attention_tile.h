@@ -92,6 +92,16 @@ PDIFF_INLINE void for_each_row(const TileRows& rows, const Body& body) {
   }
 }
 
+// to[row] <- where the row's elements start; null for rows past the last
+template <typename T>
+PDIFF_INLINE void row_pointers(T* base, int64_t token_stride, int head_dim, const TileRows& rows,
+                               T** to) {
+  for_each_row(rows, [&](int row, int token, int head) {
+    to[row] = base + token * token_stride + int64_t{head} * head_dim;
+  });
+  for (int row = rows.num_rows(); row < rows.padded_rows(); ++row) to[row] = nullptr;
+}
+
 // How many keys of the run in hand each row sees. Rows past the last repeat it.
 struct VisibleKeys {
   int32_t* by_token;   // [tokens of a tile]
