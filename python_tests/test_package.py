@@ -211,6 +211,7 @@ def test_isa_objects_leak_no_weak_symbol():
     for path in objects:
         for line in run_tool("nm", "-C", "--defined-only", str(path)).splitlines():
             kind, symbol = line[17:18], line[19:]
-            if kind in "WVu":
+            is_code = not symbol.startswith("DW.ref.")  # a pointer to the exception machinery
+            if kind in "WVu" and is_code:
                 leaked.append(f"{path.name}: {symbol}")
     assert not leaked
