@@ -323,14 +323,11 @@ def test_bad_plans_are_refused(llm, plan, message):
         llm.generate([PROMPT], GenerationParams(plan=plan, max_tokens=50))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.2])
-def test_drafting_the_plan_changes_forwards_and_nothing_else(
-    tiny_model, tiny_tags, llm, temperature
-):
+def test_drafting_the_plan_changes_forwards_and_nothing_else(tiny_model, tiny_tags, llm):
     plain = LLM(tiny_model, tags=tiny_tags, config=EngineConfig(draft_plan=False))
     saved = 0
     for seed in range(12):
-        params = GenerationParams(max_tokens=80, temperature=temperature, seed=seed)
+        params = GenerationParams(max_tokens=80, temperature=1.2 * (seed % 3), seed=seed)
         prompt = [seed + 1, 2, 3]
         (drafted,), (stepwise,) = llm.generate([prompt], params), plain.generate([prompt], params)
         assert drafted.token_ids == stepwise.token_ids

@@ -19,7 +19,7 @@ from pdiff_runtime.train.recipe import Recipe, Stage, load_recipe
 DOCUMENTS = [
     TaggedDocument(
         f"Tell me about {name}: capital, size.",
-        "<topic>capital2</topic><topic>size1</topic>"
+        "<topic>capital3</topic><topic>size2</topic>"
         f"<async>The capital is {city}.</async><async>It is {size}.</async>",
     )
     for name, city, size in [
@@ -129,9 +129,9 @@ def test_formats_show_one_answer_in_three_ways(encoder):
     ids = planned.token_ids
     starts = [p for p, i in enumerate(ids) if i == tags.async_start]
     ends = [p for p, i in enumerate(ids) if i == tags.async_end]
-    assert [end - start - 1 for start, end in zip(starts, ends, strict=True)] == [8, 4]
+    assert [end - start - 1 for start, end in zip(starts, ends, strict=True)] == [12, 8]
     assert ids[-1] == tags.eos
-    inner = diffusion.token_ids[diffusion.prompt_len + 1 : -2]
+    inner = diffusion.token_ids[diffusion.prompt_len : -2]
     assert len(inner) % 4 == 0
     assert tokenizer.decode([i for i in inner if i != tags.pad]) == answer
 
@@ -159,7 +159,8 @@ def test_files_are_checked_by_line(tmp_path):
 
 def test_times_are_stratified():
     t = stratified_times(100, torch.Generator().manual_seed(0))
-    assert torch.equal((t.sort().values * 100 / 0.999).floor().clamp(max=99), torch.arange(100.0))
+    slices = ((t.sort().values - 0.001) / 0.999 * 100).floor()
+    assert torch.equal(slices, torch.arange(100.0))
 
 
 def test_shipped_recipes_load():
