@@ -131,7 +131,7 @@ def _scaled(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
     has_value = type(grad_loss) is Tensor and grad_loss.device.type == "cpu"  # not being traced
     if has_value and grad_loss == 1.0:
         return dlogits
-    return dlogits * grad_loss.to(dlogits.dtype)
+    return dlogits * grad_loss
 
 
 class _InplaceBackward(torch.autograd.Function):
