@@ -15,11 +15,4 @@ PDIFF_HD float gumbel(uint32_t word) {
   return static_cast<float>(-log(-log1p(-(word + 0.5) * 0x1p-32)));
 }
 
-/// No word above this one gives gumbel(word) >= bound. Rounded up: a caller who skips larger words
-/// never skips a winner.
-PDIFF_HD uint32_t largest_word_reaching(double bound) {
-  const double words = -expm1(-exp(-bound)) * 0x1p32 * (1.0 + 1e-6) + 1.0;
-  return words < 4294967295.0 ? static_cast<uint32_t>(words) : 4294967295u;
-}
-
 }  // namespace pdiff

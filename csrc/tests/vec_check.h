@@ -154,6 +154,39 @@ TEST(transpose_swaps_rows_and_lanes) {
   }
 }
 
+TEST(integers) {
+  uint32_t out[4 * kLanes];
+  const VecInt lane = iota() + broadcast_int(-3);
+  store(out, lane ^ 5u);
+  for (int i = 0; i < kLanes; ++i) CHECK_EQ(out[i], static_cast<uint32_t>(i - 3) ^ 5u);
+  store(out, lane >> 2);
+  for (int i = 0; i < kLanes; ++i) CHECK_EQ(out[i], static_cast<uint32_t>(i - 3) >> 2);
+  const auto product = multiply_wide(lane, 0xD2511F53u);
+  store(out, product.high);
+  store(out + kLanes, product.low);
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t exact = uint64_t{static_cast<uint32_t>(i - 3)} * 0xD2511F53u;
+    CHECK_EQ(uint64_t{out[i]} << 32 | out[kLanes + i], exact);
+  }
+  store(out, select(any_bit(iota(), 2), lane, iota()));
+  for (int i = 0; i < kLanes; ++i) CHECK_EQ(out[i], static_cast<uint32_t>(i & 2 ? i - 3 : i));
+
+  VecInt quads[4];
+  for (int k = 0; k < 4; ++k) quads[k] = iota() + broadcast_int(100 * k);
+  interleave(quads);
+  for (int k = 0; k < 4; ++k) store(out + k * kLanes, quads[k]);
+  for (int i = 0; i < 4 * kLanes; ++i)
+    CHECK_EQ(out[i], static_cast<uint32_t>(i / 4 + 100 * (i % 4)));
+
+  float converted[kLanes];
+  store(converted, to_float(lane));
+  CHECK_EQ(converted[0], -3.0f);
+  store(converted, to_float_unsigned(lane));
+  CHECK_EQ(converted[0], 4294967296.0f);
+  store(out, bits(broadcast(1.5f)));
+  CHECK_EQ(out[0], 0x3fc00000u);
+}
+
 TEST(tails_touch_nothing_else) {
   check_tails(-1.0f);
   check_tails(bfloat16{0xbf80});

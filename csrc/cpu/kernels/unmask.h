@@ -124,45 +124,62 @@ struct Sampler {
   float inverse_temperature;
 };
 
-// The largest word that can still beat the best key among logits up to x_max. The slack covers the
-// rounding of the keys.
-PDIFF_INLINE uint32_t winning_word(const UnmaskDraw& best, float x_max, float inverse_temperature) {
-  const double top = static_cast<double>(x_max) * inverse_temperature;
-  const double slack = 1e-6 * (fabs(top) + fabs(static_cast<double>(best.key)) + 1.0);
-  return best.idx < 0 ? ~0u : largest_word_reaching(best.key - top - slack);
+// At least the Gumbel number of each word, by less than 0.1 + v / 2, from the exponent and mantissa
+// of the word as a float: with v = (word + 1/2) / 2^32, -log(-log(1 - v)) <= -log(v), and log2(1 +
+// m) >= m. The last constant covers rounding.
+PDIFF_INLINE Vec gumbel_bound(VecInt words) {
+  constexpr float kLn2 = 0.693147181f;
+  const Vec log2_word = to_float(bits(to_float_unsigned(words)));  // times 2^23, plus 127
+  return fma(log2_word, broadcast(-kLn2 * 0x1p-23f), broadcast(kLn2 * (127 + 32) + 1e-4f));
 }
 
-// Offer kUnmaskPad logits with their words. Nearly all words are too large to win, so the Gumbel
-// numbers themselves are rarely computed.
-PDIFF_INLINE void offer(UnmaskDraw& best, uint32_t& limit, const float* x, const uint32_t* words,
-                        int first_idx, float x_max, float inverse_temperature) {
-  uint32_t lowest = ~0u;
-  for (int i = 0; i < kUnmaskPad; ++i) lowest = words[i] < lowest ? words[i] : lowest;
-  if (lowest > limit) return;
-  for (int i = 0; i < kUnmaskPad; ++i) {
-    if (words[i] > limit) continue;
-    const float key = x[i] * inverse_temperature + gumbel(words[i]);
-    if (!(key > best.key)) continue;
-    best = {key, x[i], first_idx + i};
-    limit = winning_word(best, x_max, inverse_temperature);
+// Offer kLanes logits with their words. Few can beat the best one so far, so the Gumbel numbers
+// themselves are rarely computed. Rounding is monotonic, so a bound stays one.
+PDIFF_INLINE void offer(UnmaskDraw& best, VecInt words, const float* x, int first_idx,
+                        float inverse_temperature) {
+  const Vec logits = load(x), scale = broadcast(inverse_temperature);
+  const Mask candidates = fma(logits, scale, gumbel_bound(words)) >= broadcast(best.key);
+  if (!any(candidates)) return;
+  uint32_t word[kLanes];
+  float keys[kLanes] = {};
+  int32_t lanes[kLanes];
+  store(word, words);
+  const int num = store_compressed(lanes, candidates, iota());
+  for (int i = 0; i < num; ++i) keys[lanes[i]] = gumbel(word[lanes[i]]);
+  store(keys, fma(logits, scale, load(keys)));
+  for (int i = 0; i < num; ++i) {
+    const int j = lanes[i];
+    if (keys[j] > best.key) best = {keys[j], x[j], first_idx + j};
   }
+}
+
+// The word of each lane's id.
+PDIFF_INLINE VecInt random_words_of(RandomStream stream, VecInt ids) {
+  const Philox4x32<VecInt> words = random_words(stream, ids >> 2);
+  const Mask odd = any_bit(ids, 1);
+  const VecInt low = select(odd, words.word[1], words.word[0]);
+  const VecInt high = select(odd, words.word[3], words.word[2]);
+  return select(any_bit(ids, 2), high, low);
 }
 
 // ids[i] is the vocabulary id of x[i]; null: first_idx + i.
 void sample_block(UnmaskDraw& best, const float* x, int n, const int32_t* ids, int first_idx,
-                  float x_max, const Sampler& sampler) {
-  uint32_t limit = winning_word(best, x_max, sampler.inverse_temperature);
-  uint32_t words[kUnmaskPad];
-  for (int i = 0; i < n; i += kUnmaskPad) {
-    if (ids == nullptr) {
-      for (int j = 0; j < kUnmaskPad / 4; ++j) {
-        const Philox4x32 w = random_words(sampler.stream, (first_idx + i) / 4 + j);
-        for (int k = 0; k < 4; ++k) words[4 * j + k] = w.word[k];
-      }
-    } else {
-      for (int j = 0; j < kUnmaskPad; ++j) words[j] = random_word(sampler.stream, ids[i + j]);
+                  const Sampler& sampler) {
+  if (ids != nullptr) {
+    for (int i = 0; i < n; i += kLanes) {
+      const VecInt words = random_words_of(sampler.stream, load(ids + i));
+      offer(best, words, x + i, first_idx + i, sampler.inverse_temperature);
     }
-    offer(best, limit, x + i, words, first_idx + i, x_max, sampler.inverse_temperature);
+    return;
+  }
+  for (int i = 0; i < n; i += 4 * kLanes) {
+    const VecInt group = iota() + broadcast_int((first_idx + i) / 4);
+    Philox4x32<VecInt> words = random_words(sampler.stream, group);
+    interleave(words.word);
+    for (int k = 0; k < 4; ++k) {
+      const int j = i + k * kLanes;
+      offer(best, words.word[k], x + j, first_idx + j, sampler.inverse_temperature);
+    }
   }
 }
 
@@ -186,7 +203,7 @@ PDIFF_INLINE Vec add_block(UnmaskScore& score, const float* x, int n, const int3
     score.sum += sums.sum;
     score.weighted += sums.weighted;
   }
-  if (sampler != nullptr) sample_block(score.draw, x, n, ids, first_idx, block.first, *sampler);
+  if (sampler != nullptr) sample_block(score.draw, x, n, ids, first_idx, *sampler);
   return block.lanes;
 }
 
@@ -218,23 +235,32 @@ struct Boundary {
   int32_t id;
 };
 
+struct Range {
+  float lo, hi;
+};
+
+Range range_of(const List& list) {
+  Vec lo = broadcast(kInf), hi = broadcast(-kInf);
+  for (int i = 0; i < list.n; i += kLanes) {
+    const Mask valid = first_lanes(list.n - i);
+    const Vec x = load(list.logits + i);
+    lo = select(valid, min(x, lo), lo);
+    hi = select(valid, max(x, hi), hi);
+  }
+  return {reduce_min(lo), reduce_max(hi)};
+}
+
 // Entries of `from` with logit >= pivot, or those below it, in their order. `to` may be `from`.
-// Leaves the range of what was taken in lo, hi.
-List take_side(const List& from, const List& to, float pivot, bool upper, float& lo, float& hi) {
-  Vec least = broadcast(kInf), most = broadcast(-kInf);
+List take_side(const List& from, const List& to, float pivot, bool upper) {
   int n = 0;
   for (int i = 0; i < from.n; i += kLanes) {
     const Vec x = load(from.logits + i);
     const Mask above = x >= broadcast(pivot);
     const Mask chosen = (upper ? above : ~above) & first_lanes(from.n - i);
     if (!any(chosen)) continue;
-    least = select(chosen, min(x, least), least);
-    most = select(chosen, max(x, most), most);
     if (from.ids != nullptr) store_compressed(to.ids + n, chosen, load(from.ids + i));
     n += store_compressed(to.logits + n, chosen, x);
   }
-  lo = reduce_min(least);
-  hi = reduce_max(most);
   return {to.logits, from.ids != nullptr ? to.ids : nullptr, n};
 }
 
@@ -268,21 +294,21 @@ Prefix measure_above(const List& list, float pivot, bool wants_mass, float max_l
 Boundary find_boundary(List list, const List& work, Prefix goal, float max_logit, float scale) {
   const bool wants_mass = goal.mass < DBL_MAX;
   Prefix kept = {0.0, 0};
-  float lo = 0.0f, hi = 0.0f;
-  list = take_side(list, work, -FLT_MAX, true, lo, hi);
-  while (lo < hi) {
-    float pivot = 0.5f * lo + 0.5f * hi;
-    if (!(pivot > lo)) pivot = hi;  // neighbours
+  Range range = range_of(list);
+  while (range.lo < range.hi) {
+    float pivot = 0.5f * range.lo + 0.5f * range.hi;
+    if (!(pivot > range.lo)) pivot = range.hi;  // neighbours
     const Prefix above = measure_above(list, pivot, wants_mass, max_logit, scale);
     const bool upper = kept.mass + above.mass >= goal.mass || kept.num + above.num >= goal.num;
     if (!upper) kept = {kept.mass + above.mass, kept.num + above.num};
-    list = take_side(list, work, pivot, upper, lo, hi);
+    list = take_side(list, work, pivot, upper);
+    range = range_of(list);
   }
   // Equal logits are left. Top-k keeps all of them, top-p those of lowest id that it needs.
-  const double weight = ::exp2(static_cast<double>(lo - max_logit) * scale);
+  const double weight = ::exp2(static_cast<double>(range.lo - max_logit) * scale);
   const double num = fmin(list.n, ceil((goal.mass - kept.mass) / weight));
   const int last = num > 1.0 ? static_cast<int>(num) - 1 : 0;
-  return {lo, list.ids != nullptr ? list.ids[last] : -1};
+  return {range.lo, list.ids != nullptr ? list.ids[last] : -1};
 }
 
 // The part of a prefix of `list` up to its boundary, padded.

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "common/macros.h"
+#include "common/wide_product.h"
 #include "pdiff/dtype.h"
 
 #ifndef PDIFF_ISA
@@ -92,6 +93,7 @@ PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
 }
 
 PDIFF_INLINE VecInt load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+PDIFF_INLINE void store(uint32_t* p, VecInt a) { _mm512_storeu_si512(p, a.v); }
 PDIFF_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 PDIFF_INLINE int store_compressed(float* p, Mask m, Vec a) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.bits, a.v));
@@ -112,6 +114,23 @@ PDIFF_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, 
 PDIFF_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 PDIFF_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 PDIFF_INLINE VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+PDIFF_INLINE VecInt operator^(VecInt a, VecInt b) { return {_mm512_xor_si512(a.v, b.v)}; }
+PDIFF_INLINE VecInt operator^(VecInt a, uint32_t b) {
+  return a ^ broadcast_int(static_cast<int32_t>(b));
+}
+PDIFF_INLINE VecInt operator>>(VecInt a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
+PDIFF_INLINE WideProduct<VecInt> multiply_wide(VecInt a, uint32_t b) {
+  constexpr _MM_PERM_ENUM kSwapPairs = _MM_PERM_CDAB;
+  const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(b));
+  const __m512i even = _mm512_mul_epu32(a.v, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  return {{_mm512_mask_shuffle_epi32(odd, 0x5555, even, kSwapPairs)},
+          {_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, kSwapPairs)}};
+}
+
+PDIFF_INLINE VecInt bits(Vec a) { return {_mm512_castps_si512(a.v)}; }
+PDIFF_INLINE Vec to_float(VecInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
+PDIFF_INLINE Vec to_float_unsigned(VecInt a) { return {_mm512_cvtepu32_ps(a.v)}; }
 
 // Comparisons.
 PDIFF_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
@@ -120,6 +139,12 @@ PDIFF_INLINE Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v
 PDIFF_INLINE Mask not_less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 PDIFF_INLINE Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 PDIFF_INLINE Mask operator<=(VecInt a, VecInt b) { return {_mm512_cmple_epi32_mask(a.v, b.v)}; }
+PDIFF_INLINE Mask any_bit(VecInt a, int32_t bits) {
+  return {_mm512_test_epi32_mask(a.v, _mm512_set1_epi32(bits))};
+}
+PDIFF_INLINE VecInt select(Mask m, VecInt a, VecInt b) {
+  return {_mm512_mask_blend_epi32(m.bits, b.v, a.v)};
+}
 PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.bits, b.v, a.v)}; }
 
 // Reductions.
@@ -127,6 +152,26 @@ PDIFF_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }
 PDIFF_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PDIFF_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 PDIFF_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+
+PDIFF_INLINE void interleave(VecInt (&a)[4]) {
+  const __m512i lo01 = _mm512_unpacklo_epi32(a[0].v, a[1].v);
+  const __m512i hi01 = _mm512_unpackhi_epi32(a[0].v, a[1].v);
+  const __m512i lo23 = _mm512_unpacklo_epi32(a[2].v, a[3].v);
+  const __m512i hi23 = _mm512_unpackhi_epi32(a[2].v, a[3].v);
+  // Quarter q of quad i holds lane 4 * q + i of the four.
+  const __m512i quad0 = _mm512_unpacklo_epi64(lo01, lo23);
+  const __m512i quad1 = _mm512_unpackhi_epi64(lo01, lo23);
+  const __m512i quad2 = _mm512_unpacklo_epi64(hi01, hi23);
+  const __m512i quad3 = _mm512_unpackhi_epi64(hi01, hi23);
+  const __m512i even_lo = _mm512_shuffle_i32x4(quad0, quad1, 0x88);  // quarters 0, 2 of both
+  const __m512i even_hi = _mm512_shuffle_i32x4(quad2, quad3, 0x88);
+  const __m512i odd_lo = _mm512_shuffle_i32x4(quad0, quad1, 0xdd);
+  const __m512i odd_hi = _mm512_shuffle_i32x4(quad2, quad3, 0xdd);
+  a[0].v = _mm512_shuffle_i32x4(even_lo, even_hi, 0x88);
+  a[1].v = _mm512_shuffle_i32x4(odd_lo, odd_hi, 0x88);
+  a[2].v = _mm512_shuffle_i32x4(even_lo, even_hi, 0xdd);
+  a[3].v = _mm512_shuffle_i32x4(odd_lo, odd_hi, 0xdd);
+}
 
 // In blocks of 2 x 2 numbers, then of pairs, then of quarters and halves of a vector.
 PDIFF_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {

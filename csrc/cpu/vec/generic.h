@@ -11,10 +11,12 @@
 // A body lives in `namespace pdiff::cpu::PDIFF_ISA { namespace {` and uses no STL template, so the
 // object exports its entry points and nothing else. Every function here is forced inline.
 //
-// Vec     kLanes floats              Mask  one truth value per lane        VecInt  kLanes int32
+// Vec     kLanes floats              Mask  one truth value per lane
+// VecInt  kLanes 32-bit integers; >> shifts zeros in, multiply_wide is unsigned
 // *_first the first n lanes, n clamped to 0..kLanes; other lanes are `fill`, their memory untouched
 // min max the second operand where either is NaN: put the operand whose NaN must survive second
 // compare false where either is NaN; not_less is the negation of <
+// interleave a0 b0 c0 d0 a1 b1 ... of four vectors a, b, c, d, in four vectors
 // transpose  swaps lane j of rows[i] and lane i of rows[j]
 // store_compressed  the chosen lanes in order; returns their count, may write kLanes elements
 //
@@ -24,6 +26,7 @@
 #include <cstring>
 
 #include "common/macros.h"
+#include "common/wide_product.h"
 #include "pdiff/dtype.h"
 
 #ifndef PDIFF_ISA
@@ -136,6 +139,7 @@ PDIFF_INLINE void store(bfloat16* p, Vec a) { store_first(p, a, Vec::kLanes); }
 PDIFF_INLINE VecInt load(const int32_t* p) {
   return each_lane<VecInt>([=](int i) { return p[i]; });
 }
+PDIFF_INLINE void store(uint32_t* p, VecInt a) { std::memcpy(p, a.lane, sizeof(a.lane)); }
 PDIFF_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PDIFF_INLINE int store_compressed(float* p, Mask m, Vec a) {
   int n = 0;
@@ -180,6 +184,32 @@ PDIFF_INLINE VecInt operator+(VecInt a, VecInt b) {
   return each_lane<VecInt>([=](int i) { return a.lane[i] + b.lane[i]; });
 }
 
+PDIFF_INLINE VecInt operator^(VecInt a, VecInt b) {
+  return each_lane<VecInt>([=](int i) { return a.lane[i] ^ b.lane[i]; });
+}
+PDIFF_INLINE VecInt operator^(VecInt a, uint32_t b) {
+  return a ^ broadcast_int(static_cast<int32_t>(b));
+}
+PDIFF_INLINE VecInt operator>>(VecInt a, int n) {
+  return each_lane<VecInt>([=](int i) { return static_cast<uint32_t>(a.lane[i]) >> n; });
+}
+PDIFF_INLINE WideProduct<VecInt> multiply_wide(VecInt a, uint32_t b) {
+  const auto product = [=](int i) { return uint64_t{static_cast<uint32_t>(a.lane[i])} * b; };
+  return {each_lane<VecInt>([=](int i) { return product(i) >> 32; }),
+          each_lane<VecInt>([=](int i) { return product(i); })};
+}
+
+PDIFF_INLINE VecInt bits(Vec a) {
+  return each_lane<VecInt>([=](int i) { return static_cast<int32_t>(float_bits(a.lane[i])); });
+}
+PDIFF_INLINE Vec to_float(VecInt a) {
+  return each_lane<Vec>([=](int i) { return static_cast<float>(a.lane[i]); });
+}
+PDIFF_INLINE Vec to_float_unsigned(VecInt a) {
+  return each_lane<Vec>(
+      [=](int i) { return static_cast<float>(static_cast<uint32_t>(a.lane[i])); });
+}
+
 // Comparisons.
 PDIFF_INLINE Mask operator<(Vec a, Vec b) {
   return each_lane<Mask>([=](int i) { return -(a.lane[i] < b.lane[i]); });
@@ -198,6 +228,12 @@ PDIFF_INLINE Mask is_nan(Vec a) {
 }
 PDIFF_INLINE Mask operator<=(VecInt a, VecInt b) {
   return each_lane<Mask>([=](int i) { return -(a.lane[i] <= b.lane[i]); });
+}
+PDIFF_INLINE Mask any_bit(VecInt a, int32_t bits) {
+  return each_lane<Mask>([=](int i) { return -((a.lane[i] & bits) != 0); });
+}
+PDIFF_INLINE VecInt select(Mask m, VecInt a, VecInt b) {
+  return each_lane<VecInt>([=](int i) { return m.lane[i] != 0 ? a.lane[i] : b.lane[i]; });
 }
 PDIFF_INLINE Vec select(Mask m, Vec a, Vec b) {
   return each_lane<Vec>([=](int i) { return m.lane[i] != 0 ? a.lane[i] : b.lane[i]; });
@@ -220,6 +256,12 @@ PDIFF_INLINE float reduce_max(Vec a) {
 }
 PDIFF_INLINE float reduce_min(Vec a) {
   return reduce(a, [](float x, float y) { return x < y ? x : y; });
+}
+
+PDIFF_INLINE void interleave(VecInt (&a)[4]) {
+  int32_t joined[4 * Vec::kLanes];
+  for (int i = 0; i < 4 * Vec::kLanes; ++i) joined[i] = a[i % 4].lane[i / 4];
+  std::memcpy(a, joined, sizeof(joined));
 }
 
 PDIFF_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
