@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +29,10 @@ class LLM:
         config: Sizes of the engine.
         dtype: Of weights and computation when a checkpoint is loaded.
 
+    Attributes:
+        default_params: What the checkpoint's ``generation_config.json`` recommends under "pdiff";
+            used where no parameters are given.
+
     Raises:
         ValueError: No such checkpoint, a damaged one, or a tokenizer without the control tags.
     """
@@ -40,11 +46,13 @@ class LLM:
         config: EngineConfig | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.default_params = GenerationParams()
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
         else:
             folder = resolve_checkpoint(model_or_path)
             self.model = load_model(folder, dtype=dtype)
+            self.default_params = _recommended(folder)
             if tokenizer is None and (folder / "tokenizer.json").is_file():
                 tokenizer = Tokenizer.from_dir(folder)
         self.tokenizer = tokenizer
@@ -67,7 +75,7 @@ class LLM:
 
         Args:
             prompts: One prompt, or a list of them.
-            params: For all, or one each; None for the defaults.
+            params: For all, or one each; None for `default_params`.
 
         Raises:
             ValueError: A bad prompt or parameter; nothing was run.
@@ -75,7 +83,7 @@ class LLM:
         is_one = isinstance(prompts, str) or _is_ids(prompts) or _is_conversation(prompts)
         batch: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item,assignment]
         if params is None or isinstance(params, GenerationParams):
-            params = [params or GenerationParams()] * len(batch)
+            params = [params or self.default_params] * len(batch)
         if len(params) != len(batch):
             raise ValueError(f"params: expected {len(batch)}, one per prompt, got {len(params)}")
         encoded = [self.encode(prompt) for prompt in batch]
@@ -101,7 +109,7 @@ class LLM:
         Raises:
             ValueError: A bad prompt or parameter.
         """
-        params = params or GenerationParams()
+        params = params or self.default_params
         self.engine.add(self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan))
         while self.engine.has_work:
             yield from self.engine.step()
@@ -176,6 +184,20 @@ class LLM:
         beyond = range(self.tokenizer.vocab_size, vocab_size)
         special = [i for i in self.tokenizer.special_ids if i < vocab_size]
         return sorted({*special, *beyond} - used)
+
+
+def _recommended(folder: Path) -> GenerationParams:
+    """The parameters a checkpoint recommends.
+
+    Raises:
+        ValueError: A field that is no parameter, or out of its range.
+    """
+    file = folder / "generation_config.json"
+    fields = json.loads(file.read_text("utf-8")).get("pdiff", {}) if file.is_file() else {}
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(GenerationParams)})
+    if unknown:
+        raise ValueError(f"{file}: unknown parameter {unknown[0]!r}")
+    return GenerationParams(**fields)
 
 
 def _is_ids(value: object) -> bool:

@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that ``--help`` does not wait
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -100,14 +101,15 @@ def _set_threads(threads: int | None) -> None:
 @click.option(
     "--unmask",
     metavar="RULE",
-    help="Which positions a step writes first: entropy (default), maskgit_plus, "
-    "topk_margin or confidence_threshold.",
+    help="Which positions a step writes first: entropy, maskgit_plus, topk_margin or "
+    "confidence_threshold; default: what the model recommends, else entropy.",
 )
 @click.option(
     "--steps-ratio",
     type=float,
     metavar="R",
-    help="Denoising steps per token of the longest span; default 1.",
+    help="Denoising steps per token of the longest span; default 1. Implies --unmask entropy "
+    "unless that says otherwise.",
 )
 @click.option(
     "--threshold",
@@ -172,17 +174,19 @@ def generate(
     with console.status("loading") if is_live else contextlib.nullcontext():
         import torch
 
-        from pdiff_runtime.engine import LLM, GenerationParams
+        from pdiff_runtime.engine import LLM
         from pdiff_runtime.serve.generate import as_json, complaint, parse_plan, watch
 
-        params = GenerationParams(
-            **{name: value for name, value in knobs.items() if value is not None},
-            isolate_spans=not joint,
-            use_grammar=not no_grammar,
-            plan=None if plan is None else parse_plan(plan),
-        )
+        user_plan = None if plan is None else parse_plan(plan)
         _set_threads(threads)
         llm = LLM(model, dtype=getattr(torch, dtype))
+        given = {name: value for name, value in knobs.items() if value is not None}
+        if "steps_ratio" in given:
+            given.setdefault("unmask", "entropy")  # a rule that counts steps
+        params = dataclasses.replace(
+            llm.default_params, **given, isolate_spans=not joint, use_grammar=not no_grammar,
+            plan=user_plan,
+        )  # fmt: skip
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     outputs = []
     if is_live:

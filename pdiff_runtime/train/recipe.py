@@ -48,7 +48,8 @@ class Recipe:
     ``data`` is "atlas" (composed from the shipped facts) or the path of a tagged JSONL file;
     ``tokenizer`` a tokenizer folder, "atlas" for the shipped one. ``autocast`` runs the linear
     layers and attention in bfloat16, with fp32 weights; ``compile`` fuses element-wise work with
-    ``torch.compile``, which takes a minute at the start.
+    ``torch.compile``, which takes a minute at the start. ``generation`` are the parameters that the
+    finished model recommends, see :class:`pdiff_runtime.GenerationParams`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Recipe:
     data: str
     tokenizer: str
     stages: tuple[Stage, ...]
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_documents: int = 60_000
     seed: int = 0
     weight_decay: float = 0.01

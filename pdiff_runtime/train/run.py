@@ -117,11 +117,17 @@ def load_documents(recipe: Recipe, data_dir: Path) -> list[TaggedDocument]:
 
 
 def export(trainer: Trainer, tokenizer: Path, folder: Path) -> Path:
-    """Write the model as it is now, in bfloat16, with its tokenizer; returns ``folder``."""
+    """Write the model as it is now, in bfloat16, with its tokenizer and what it recommends.
+
+    Returns ``folder``.
+    """
     save_model(trainer.model, folder)
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
+    if trainer.recipe.generation:
+        text = json.dumps({"pdiff": trainer.recipe.generation}, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text, "utf-8")
     return folder
 
 
