@@ -177,6 +177,12 @@ def test_inplace_writes_over_the_logits_and_warns_those_who_kept_them():
     result.loss.backward()
     assert torch.equal(leaf.grad, logits.detach())
 
+    view = (leaf * 2.0)[None][0] / 2.0
+    ops.weighted_cross_entropy(
+        **arguments | {"logits": view[None][0]}, normaliser=7.0, inplace_backward=True
+    ).loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * logits.detach())
+
     kept = leaf.tanh()  # whose backward reads its output
     result = ops.weighted_cross_entropy(
         **arguments | {"logits": kept}, normaliser=7.0, inplace_backward=True
