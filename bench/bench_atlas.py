@@ -1,6 +1,6 @@
 """Accuracy of the bundled model against its critical path, over modes and knobs.
 
-    python bench/bench_atlas.py [--model DIR] [--out bench/results/atlas.json]
+    python bench/bench_atlas.py [--model DIR] [--out bench/results/cpu/atlas.json]
 
 One model answers the held-out prompts in every mode. A part of an answer counts when it is an
 accepted wording of its fact to the letter. The critical path is the number of forward passes a
@@ -121,7 +121,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         ("autoregressive", "ar", "s"),
         ("planned, fixed steps", "planned, steps_ratio", "o"),
         ("planned, threshold", "planned, threshold", "^"),
-        ("plain diffusion, true length", "diffusion", "x"),
+        ("one-span diffusion, true length, fixed steps", "diffusion, steps_ratio", "x"),
+        ("one-span diffusion, true length, threshold", "diffusion, threshold", "+"),
     ):
         points = sorted(
             (r["forwards"]["sheet"], 100 * r["accuracy"]["sheet"])
@@ -141,11 +142,15 @@ def main() -> None:
     """Run all settings and write one JSON file and one plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=BUNDLED_MODEL)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/atlas.json"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/atlas.json"))
     parser.add_argument("--only", default="", help="run settings whose name contains this")
     parser.add_argument("--num-timed", type=int, default=20)
+    parser.add_argument("--replot", action="store_true", help="draw again from --out")
     parser.add_argument("--limit", type=int, default=None, help="use the first N records")
     args = parser.parse_args()
+    if args.replot:
+        plot(json.loads(args.out.read_text())["results"], args.out.with_suffix(".png"))
+        return
     llm = LLM(args.model)
     lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines][: args.limit]
