@@ -40,6 +40,8 @@ def select_impl(
     Raises:
         ValueError: The name is unknown, or this build has no such kernel for the device.
     """
+    if impl is Impl.AUTO and device.type == "cpu":  # spared the enum's cost on every call
+        return Impl.CPU
     try:
         choice = Impl(impl)
     except ValueError:
@@ -68,17 +70,20 @@ def check_tensor(
     Raises:
         ValueError: For example "num_unmask: expected int32 [3], got int64 [3]".
     """
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if (
+        isinstance(tensor, Tensor)
+        and (
+            tensor.dtype is dtype or (not isinstance(dtype, torch.dtype) and tensor.dtype in dtype)
+        )
+        and _fits(tensor.shape, shape)
+        and tensor.device == device
+        and (not contiguous or tensor.is_contiguous())
+    ):
+        return
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if (
-        tensor.dtype not in dtypes
-        or tensor.dim() != len(shape)
-        or any(
-            isinstance(size, int) and size != actual
-            for size, actual in zip(shape, tensor.shape, strict=True)
-        )
-    ):
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if tensor.dtype not in dtypes or not _fits(tensor.shape, shape):
         names = " or ".join(_dtype_name(d) for d in dtypes)
         raise ValueError(
             f"{name}: expected {names} {_shape_name(shape)}, "
@@ -86,8 +91,18 @@ def check_tensor(
         )
     if tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
-    if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def _fits(actual: Sequence[int], expected: Sequence[Size]) -> bool:
+    if actual == expected:
+        return True
+    if len(actual) != len(expected):
+        return False
+    for size, wanted in zip(actual, expected, strict=True):
+        if isinstance(wanted, int) and size != wanted:
+            return False
+    return True
 
 
 def check_no_grad(op: str, **tensors: Tensor | None) -> None:

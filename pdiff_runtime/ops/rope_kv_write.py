@@ -114,7 +114,7 @@ def _check_rows(
 ) -> None:
     """Heads of a row lie next to one another; rows may be any stride apart."""
     check_tensor(name, tensor, dtype, shape, device, contiguous=False)
-    if tensor.shape[0] > 0 and not tensor[0].is_contiguous():
+    if not (tensor.is_contiguous() or tensor[:1].is_contiguous()):
         raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
 
 
