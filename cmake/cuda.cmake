@@ -26,8 +26,6 @@ if(NOT with_cuda STREQUAL "OFF")
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
     find_package(CUDAToolkit REQUIRED)
-    set(CMAKE_CUDA_STANDARD 20)
-    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     set(PDIFF_CUDA ON)
   else()
@@ -36,7 +34,7 @@ if(NOT with_cuda STREQUAL "OFF")
 endif()
 
 if(PDIFF_CUDA)
-  set(PDIFF_NVCC_FLAGS --expt-relaxed-constexpr -lineinfo)
+  set(PDIFF_NVCC_FLAGS -std=c++20 --expt-relaxed-constexpr -lineinfo)  # CMake 3.25 knows no CUDA20
   if(PDIFF_WERROR)  # a register spill is a warning, too
     list(APPEND PDIFF_NVCC_FLAGS -Werror=all-warnings -Xptxas=--warn-on-spills,--warning-as-error)
   endif()
