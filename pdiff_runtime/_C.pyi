@@ -103,6 +103,7 @@ class AttentionPlan:
         page_table: int,
         max_pages: int,
         page_size: int,
+        num_threads: int,
     ) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property

@@ -15,10 +15,11 @@ namespace {
 
 AttentionPlan pack(const std::vector<const SpanLayout*>& layouts, int32_t num_heads_q,
                    int32_t num_heads_kv, int32_t head_dim, int64_t page_table, int64_t max_pages,
-                   int32_t page_size) {
+                   int32_t page_size, int32_t num_threads) {
   return AttentionPlan(layouts, {.num_heads_q = num_heads_q,
                                  .num_heads_kv = num_heads_kv,
                                  .head_dim = head_dim,
+                                 .num_threads = num_threads,
                                  .page_size = page_size,
                                  .page_table = reinterpret_cast<const int32_t*>(page_table),
                                  .max_pages = max_pages});
@@ -32,7 +33,8 @@ void bind_attention_plan(py::module_& m) {
   };
   py::class_<AttentionPlan>(m, "AttentionPlan", py::buffer_protocol())
       .def(py::init(&pack), py::arg("layouts"), py::arg("num_heads_q"), py::arg("num_heads_kv"),
-           py::arg("head_dim"), py::arg("page_table"), py::arg("max_pages"), py::arg("page_size"))
+           py::arg("head_dim"), py::arg("page_table"), py::arg("max_pages"), py::arg("page_size"),
+           py::arg("num_threads"))
       .def_buffer([](AttentionPlan& plan) {
         return py::buffer_info(const_cast<int32_t*>(plan.words()), plan.num_words());
       })

@@ -13,14 +13,28 @@ namespace {
 
 constexpr int32_t kMagic = 0x70646970;  // "pdip"
 
-// Query rows times group size per tile of the CPU kernels: enough to repay the copy of a key tile,
-// few enough that queries and running output stay in the second-level cache.
-constexpr int32_t kCpuTileQueries = 128;
-
 int32_t checked_sum(int64_t sum, const char* name) {
   PDIFF_CHECK(sum <= std::numeric_limits<int32_t>::max(), name, ": expected at most 2^31 - 1, got ",
               sum);
   return static_cast<int32_t>(sum);
+}
+
+// Tokens per tile of the CPU kernels. A tile reads its keys once for all its rows, so tiles are
+// large, up to what the second-level cache holds, as long as every thread gets several of them.
+int32_t cpu_tile_rows(const std::vector<const SpanLayout*>& layouts,
+                      const AttentionPlanOptions& options) {
+  constexpr int64_t kTasksPerThread = 8;
+  const int32_t group_size = options.num_heads_q / options.num_heads_kv;
+  int32_t rows = 0;
+  for (const int32_t queries : {512, 256, 128}) {
+    rows = std::max(1, queries / group_size);
+    int64_t num_tasks = 0;
+    for (const SpanLayout* layout : layouts) {
+      num_tasks += int64_t{options.num_heads_kv} * ((layout->num_rows + rows - 1) / rows);
+    }
+    if (num_tasks >= kTasksPerThread * options.num_threads) break;
+  }
+  return rows;
 }
 
 // Appends trivially copyable records to the block of words and returns their offset.
@@ -102,9 +116,7 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
   header.num_heads_kv = options.num_heads_kv;
   header.head_dim = options.head_dim;
   header.page_size = options.page_size;
-  const int32_t group_size = options.num_heads_q / options.num_heads_kv;
-  header.tile_rows =
-      options.tile_rows > 0 ? options.tile_rows : std::max(1, kCpuTileQueries / group_size);
+  header.tile_rows = options.tile_rows > 0 ? options.tile_rows : cpu_tile_rows(layouts, options);
 
   std::vector<PlanSequence> sequences;
   std::vector<Segment> segments;

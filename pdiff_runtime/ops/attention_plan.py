@@ -105,6 +105,7 @@ class AttentionPlan:
             pointer(page_table),
             max_pages,
             page_size or 0,
+            torch.get_num_threads(),
         )
         return cls(
             handle, tuple(layouts), num_heads_q, num_heads_kv, head_dim, page_table, page_size

@@ -11,7 +11,7 @@ namespace pdiff::cpu::PDIFF_ISA {
 namespace {
 
 // Query rows times heads per tile.
-constexpr int kBackwardRows = 128;
+constexpr int kBackwardRows = 256;
 
 PDIFF_INLINE int max_backward_rows(const PlanHeader& plan) {
   return round_up(max(kBackwardRows, plan.num_heads_q / plan.num_heads_kv), kPanelRows);

@@ -156,11 +156,12 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   for_each_row(rows, [&](int row, int token, int head) {
     const bool sees_a_key = x.l[row] != 0.0f;
     const Vec inverse = broadcast(sees_a_key ? 1.0f / x.l[row] : 0.0f);
-    float* out = x.out + row * ld;
-    for (int i = 0; i < head_dim; i += Vec::kLanes) store(out + i, load(out + i) * inverse);
+    const float* out = x.out + row * ld;
     const int64_t packed_row = int64_t{sequence.row_begin} + token;
-    store_row(out, head_dim,
-              static_cast<T*>(params.out) + (packed_row * plan.num_heads_q + head) * head_dim);
+    T* to = static_cast<T*>(params.out) + (packed_row * plan.num_heads_q + head) * head_dim;
+    for (int i = 0; i < head_dim; i += Vec::kLanes) {
+      store_first(to + i, load(out + i) * inverse, head_dim - i);
+    }
     if (params.lse != nullptr) {
       params.lse[int64_t{head} * plan.total_q + packed_row] =
           sees_a_key ? x.m[row] * kLn2 + logf(x.l[row]) : -INFINITY;

@@ -46,7 +46,8 @@ struct PlanView {
 
 struct AttentionPlanOptions {
   int32_t num_heads_q = 0, num_heads_kv = 0, head_dim = 0;
-  int32_t tile_rows = 0;                // 0: what suits the CPU kernels
+  int32_t tile_rows = 0;                // 0: what suits the CPU kernels and
+  int32_t num_threads = 1;              // this many threads; no result depends on it
   int32_t page_size = 0;                // 0: packed keys and values
   const int32_t* page_table = nullptr;  // [num_sequences, max_pages], -1 past the end
   int64_t max_pages = 0;
@@ -54,7 +55,7 @@ struct AttentionPlanOptions {
 
 /// The masks of a batch and the schedule of its tiles, in one block of int32 words that can be
 /// copied as it is: to a device, or through a compiled graph as a tensor.
-/// Tiling    a sequence's tiles start at its first row and depend on nothing but itself.
+/// Tiling    a sequence's tiles start at its first row; how large they are changes no result.
 /// Order     tiles and sequences are listed by falling work; kernels may take them in any order.
 class AttentionPlan {
  public:
