@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime.models.tokenizer import Tokenizer
-from pdiff_runtime.plan import ControlTokens, SpanLayout, visible_text
+from pdiff_runtime.plan import ControlTokens, SpanLayout, parse_plan, visible_text
 from pdiff_runtime.train.targets import hybrid_targets, span_bounds
 
 FORMATS = ("planned", "untagged", "diffusion")
@@ -81,7 +81,6 @@ class DocumentEncoder:
         self.tokenizer = tokenizer
         self.tags = tags
         self.length_unit = length_unit
-        self._digits = {token_id: digit for digit, token_id in enumerate(tags.digits)}
 
     def __call__(self, document: TaggedDocument, form: str = "planned") -> EncodedDocument:
         """Encode in one of :data:`FORMATS`.
@@ -110,7 +109,7 @@ class DocumentEncoder:
     def _planned(self, token_ids: list[int]) -> list[int]:
         """Pad every span to the length its topic announces."""
         spans = span_bounds(token_ids, self.tags)
-        numbers = self._numbers(token_ids)
+        numbers = self._numbers(token_ids, spans)
         if len(spans) != len(numbers):
             raise ValueError(f"text: {len(numbers)} topics but {len(spans)} spans")
         padded: list[int] = []
@@ -130,18 +129,16 @@ class DocumentEncoder:
             )
         return [self.tags.async_start, *content, *[self.tags.pad] * missing, self.tags.async_end]
 
-    def _numbers(self, token_ids: list[int]) -> list[int]:
-        numbers = []
+    def _numbers(self, token_ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
+        """The numbers of all topics, round by round."""
+        inside = {position for start, end in spans for position in range(start, end)}
+        rounds: list[list[int]] = [[]]
         for position, token_id in enumerate(token_ids):
-            if token_id != self.tags.topic_end:
-                continue
-            tens, ones = (self._digits.get(i) for i in token_ids[max(0, position - 2) : position])
-            if not ones:
-                ones = ones if tens and ones == 0 else None
-            if ones is None:
-                raise ValueError(f"text: topic that ends at token {position} has no number")
-            numbers.append(10 * (tens or 0) + ones)
-        return numbers
+            if position not in inside:
+                rounds[-1].append(token_id)
+                if token_id == self.tags.sync:
+                    rounds.append([])
+        return [topic.number for plan in rounds for topic in parse_plan(plan, self.tags)]
 
 
 @dataclasses.dataclass(frozen=True)
