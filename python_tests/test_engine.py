@@ -316,6 +316,10 @@ def test_a_threshold_rule_needs_a_threshold():
         ([[([], 4)]], "a topic needs words"),
         ([[("words", 4)]], "must be token ids"),
         ([[7.5]], r"expected \(topic, length\)"),
+        ([[50, 7, 51, 57]], r"plan: round 1: token_ids\[2\]: .*expected text .* got 51 \(topic_end\)"),
+        ([[50, 7, 41, 51, 54], [50, 7, 57]], "plan: round 2"),
+        ([[57]], "plan: round 1: expected a topic, got none"),
+        ([[50, 99, 41, 51, 57]], "plan: expected ids from 0 to 57, got 99"),
     ],
 )
 def test_bad_plans_are_refused(llm, plan, message):
@@ -333,3 +337,11 @@ def test_drafting_the_plan_changes_forwards_and_nothing_else(tiny_model, tiny_ta
         assert drafted.token_ids == stepwise.token_ids
         saved += stepwise.usage.num_forwards - drafted.usage.num_forwards
     assert saved > 0
+
+
+def test_a_second_round_without_room_ends_in_length(llm):
+    first = len(llm.encode_plan(TWO_ROUNDS)[0]) + 18 + 6  # plan and sync, contents, tags
+    (output,) = llm.generate([PROMPT], GenerationParams(plan=TWO_ROUNDS, max_tokens=first + 3))
+    assert output.finish_reason == "length"
+    assert len(output.rounds) == 1
+    assert len(output.token_ids) <= first + 3

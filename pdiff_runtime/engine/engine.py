@@ -21,7 +21,7 @@ from pdiff_runtime.engine.params import EngineConfig, GenerationParams
 from pdiff_runtime.engine.request import Limits, Phase, PlanRound, Request
 from pdiff_runtime.engine.runner import Predicted, Runner
 from pdiff_runtime.models.decoder import Decoder
-from pdiff_runtime.plan import ControlTokens, PlanGrammar, visible_text
+from pdiff_runtime.plan import ControlTokens, PlanError, PlanGrammar, parse_plan, visible_text
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -103,7 +103,7 @@ class Engine:
         if any(request_id == r.request_id for r in (*self.waiting, *self.running)):
             raise ValueError(f"request_id: {request_id!r} is already there")
         self._check_prompt(prompt_ids)
-        self._check_ids("plan", [token_id for plan in user_rounds for token_id in plan])
+        self._check_plan(user_rounds)
         plan_tokens = sum(map(len, user_rounds)) - 1 if user_rounds else 0
         if plan_tokens > params.max_tokens:
             raise ValueError(
@@ -140,7 +140,7 @@ class Engine:
         """Admit what fits, forward once, and say what happened."""
         events: list[Event] = []
         self._admit(events)
-        # A user's plan may end a request before its first forward.
+        # A budget without room for a span ends a request before its first forward.
         works = [request.work() for request in self.running if request.phase is not Phase.DONE]
         if works:
             for work, predicted in zip(works, self.runner.run(works), strict=True):
@@ -163,6 +163,16 @@ class Engine:
                     f"prompt: control token {token_id} at position {position}, "
                     "which only the model may write"
                 )
+
+    def _check_plan(self, user_rounds: Sequence[Sequence[int]]) -> None:
+        self._check_ids("plan", [token_id for plan in user_rounds for token_id in plan])
+        for round_idx, plan in enumerate(user_rounds):
+            try:
+                topics = parse_plan(plan, self.tags)
+            except PlanError as error:
+                raise ValueError(f"plan: round {round_idx + 1}: {error}") from error
+            if not topics:
+                raise ValueError(f"plan: round {round_idx + 1}: expected a topic, got none")
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         vocab_size = self.model.config.vocab_size
