@@ -193,6 +193,24 @@ def test_rows_that_are_no_distribution_are_flagged_and_disturb_nobody(settings, 
     assert torch.equal(stats.candidate[~stats.is_nan], expected.candidate[~stats.is_nan])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}], ids=str)
+def test_extreme_logits_and_temperatures(filters, temperature, isa):
+    logits = random_logits(5, 5000)
+    logits[0] *= 1e30
+    logits[1] -= 1e38
+    logits[2, 1:] = -math.inf
+    logits[3] *= 1e-38
+    _, stats = run(logits, spans_of(5, quotas=[5]), temperature=temperature, **filters)
+    assert not stats.is_nan.any()
+    assert ((stats.candidate >= 0) & (stats.candidate < 5000)).all()
+    assert torch.isfinite(stats.confidence).all()
+    assert stats.candidate[2] == 0
+    assert stats.confidence[2] == 0
+    if temperature == 0:
+        assert torch.equal(stats.candidate, logits.argmax(1))
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_banned_ids_are_as_if_minus_infinity(settings, isa):
     logits = random_logits(6, 9001)
@@ -359,8 +377,9 @@ def arguments(vocab_size=40, dtype=F32):
         ({"cu_rows_span": int32(0, 6)}, "expected int32 [3], got int32 [2]"),
         ({"rule": "best"}, "expected one of entropy, probability, margin, threshold, got 'best'"),
         ({"threshold": None, "rule": "threshold"}, "expected a value with rule 'threshold'"),
-        ({"temperature": -1.0}, "expected >= 0, got -1"),
-        ({"temperature": math.nan}, "expected >= 0, got nan"),
+        ({"temperature": -1.0}, "expected a finite number >= 0, got -1"),
+        ({"temperature": math.nan}, "expected a finite number >= 0, got nan"),
+        ({"temperature": math.inf}, "expected a finite number >= 0, got inf"),
         ({"temperature": "hot"}, "expected a number or a tensor [num_spans], got 'hot'"),
         ({"temperature": torch.zeros(3)}, "expected float32 [2], got float32 [3]"),
         ({"top_p": -0.5}, "expected >= 0, got -0.5"),

@@ -35,7 +35,8 @@ void check(const UnmaskParams& p) {
                   p.row_position[row - 1]);
     }
     const float temperature = p.temperature[span], alg_temp = p.alg_temp[span];
-    PDIFF_CHECK(temperature >= 0.0f, "temperature: expected >= 0, got ", temperature);
+    PDIFF_CHECK(temperature >= 0.0f && temperature <= FLT_MAX,
+                "temperature: expected a finite number >= 0, got ", temperature);
     PDIFF_CHECK(alg_temp >= 0.0f, "alg_temp: expected >= 0, got ", alg_temp);
     PDIFF_CHECK(p.top_p[span] >= 0.0f, "top_p: expected >= 0, got ", p.top_p[span]);
     PDIFF_CHECK(p.top_k[span] >= 0, "top_k: expected >= 0, got ", p.top_k[span]);
@@ -47,7 +48,7 @@ void check(const UnmaskParams& p) {
 }
 
 UnmaskSettings resolve(const UnmaskParams& p, int64_t span) {
-  constexpr float kMinTemperature = 1e-20f;  // its inverse, times a logit, is still a number
+  constexpr float kMinTemperature = 1e-20f;  // its inverse, times any usual logit, is finite
   const float temperature = p.temperature[span];
   return {
       .rule = p.rule,

@@ -87,19 +87,19 @@ struct BlockSum {
   float sum, weighted;
 };
 
-// sum 2^d, sum d 2^d. d ends at -126: what lies below adds less than rounding does, and -inf * 0
-// stays away. The second operand of max keeps a NaN, which so reaches the sum.
+// sum 2^d, sum d 2^d. d ends at -127, where 2^d counts as 0, so that -inf adds 0 and not -inf * 0.
+// The second operand of max keeps a NaN, which so reaches the sum.
 PDIFF_INLINE BlockSum block_sum(const float* x, int n, float max_logit, float scale,
                                 const char* next) {
   Vec sum[kUnroll], weighted[kUnroll];
   for (int u = 0; u < kUnroll; ++u) sum[u] = weighted[u] = zero();
-  const Vec m = broadcast(max_logit), s = broadcast(scale), floor = broadcast(-126.0f);
+  const Vec m = broadcast(max_logit), s = broadcast(scale), floor = broadcast(-127.0f);
   for (int i = 0; i < n; i += kStride) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       prefetch(next + (i + u * kLanes) * sizeof(float));
       const Vec d = max(floor, (load(x + i + u * kLanes) - m) * s);
-      const Vec e = exp2_in_range(d);
+      const Vec e = exp2_bounded(d);
       sum[u] = sum[u] + e;
       weighted[u] = fma(d, e, weighted[u]);
     }
@@ -124,9 +124,9 @@ struct Sampler {
   float inverse_temperature;
 };
 
-// At least the Gumbel number of each word, by less than 0.1 + v / 2, from the exponent and mantissa
-// of the word as a float: with v = (word + 1/2) / 2^32, -log(-log(1 - v)) <= -log(v), and log2(1 +
-// m) >= m. The last constant covers rounding.
+// An upper bound of each word's Gumbel number, from exponent and mantissa of the word as a float.
+// With v = (word + 1/2) / 2^32: -log(-log(1 - v)) <= -log(v), and log2(1 + m) >= m for a mantissa
+// m. The last constant covers rounding.
 PDIFF_INLINE Vec gumbel_bound(VecInt words) {
   constexpr float kLn2 = 0.693147181f;
   const Vec log2_word = to_float(bits(to_float_unsigned(words)));  // times 2^23, plus 127
@@ -197,12 +197,10 @@ PDIFF_INLINE Vec add_block(UnmaskScore& score, const float* x, int n, const int3
   } else {
     score.second = fmaxf(score.second, block.first);
   }
-  // Before the first finite logit any reference value will do: every 2^d is as good as 0.
+  // Before the first finite logit any number will do for the maximum: every 2^d is 0, or NaN.
   const BlockSum sums = block_sum(x, n, score.max == -kInf ? 0.0f : score.max, scale, next);
-  if (score.max != -kInf || sums.sum != sums.sum) {
-    score.sum += sums.sum;
-    score.weighted += sums.weighted;
-  }
+  score.sum += sums.sum;
+  score.weighted += sums.weighted;
   if (sampler != nullptr) sample_block(score.draw, x, n, ids, first_idx, *sampler);
   return block.lanes;
 }
@@ -280,8 +278,8 @@ Prefix measure_above(const List& list, float pivot, bool wants_mass, float max_l
       const Mask chosen = (x >= broadcast(pivot)) & first_lanes(end - i);
       above.num += count(chosen);
       if (!wants_mass || !any(chosen)) continue;
-      const Vec d = max(broadcast(-126.0f), (x - broadcast(max_logit)) * broadcast(scale));
-      mass = mass + select(chosen, exp2_in_range(d), zero());
+      const Vec d = (x - broadcast(max_logit)) * broadcast(scale);
+      mass = mass + select(chosen, exp2_bounded(d), zero());
     }
     above.mass += reduce_add(mass);
   }
@@ -450,11 +448,11 @@ UnmaskScore score_kept(const Row<T>& row, const UnmaskScore& whole, int worker) 
   return score;
 }
 
-float confidence(const UnmaskScore& score, const UnmaskSettings& settings, float scale) {
+float confidence(const UnmaskScore& score, UnmaskRule rule, float scale) {
   const auto probability = [&](float logit) {
     return ::exp2(static_cast<double>(logit - score.max) * scale) / score.sum;
   };
-  switch (settings.rule) {
+  switch (rule) {
     case UnmaskRule::kEntropy: {
       constexpr double kLn2 = 0.69314718055994530942;
       return static_cast<float>(kLn2 * (score.weighted / score.sum - log2(score.sum)));
@@ -462,7 +460,7 @@ float confidence(const UnmaskScore& score, const UnmaskSettings& settings, float
     case UnmaskRule::kMargin:
       return static_cast<float>(probability(score.max) - probability(score.second));
     default:
-      return static_cast<float>(probability(settings.draws ? score.draw.logit : score.max));
+      return static_cast<float>(probability(score.draw.idx >= 0 ? score.draw.logit : score.max));
   }
 }
 
@@ -478,9 +476,10 @@ void finish_row(const Row<T>& row, int worker) {
 
   const UnmaskParams& p = row.rows.params;
   p.is_nan[row.idx] = !is_distribution;
-  p.candidate[row.idx] = !is_distribution ? -1 : row.settings.draws ? score.draw.idx : score.argmax;
+  const bool drew = score.draw.idx >= 0;  // not where every logit / temperature overflows
+  p.candidate[row.idx] = !is_distribution ? -1 : drew ? score.draw.idx : score.argmax;
   p.confidence[row.idx] =
-      is_distribution ? confidence(score, row.settings, row.scale) : __builtin_nanf("");
+      is_distribution ? confidence(score, row.settings.rule, row.scale) : __builtin_nanf("");
 }
 
 template <typename T>

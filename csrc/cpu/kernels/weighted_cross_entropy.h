@@ -30,7 +30,7 @@ PDIFF_INLINE float lane(const T* x, int64_t i) {
   return first_lane(load_first(x + i, 1));
 }
 
-PDIFF_INLINE Vec shifted_exp(Vec x, Vec m) { return exp2((x - m) * broadcast(kLog2e)); }
+PDIFF_INLINE Vec shifted_exp(Vec x, Vec m) { return exp2_bounded((x - m) * broadcast(kLog2e)); }
 
 struct LogSumExp {
   float max;

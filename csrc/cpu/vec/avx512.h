@@ -203,7 +203,6 @@ PDIFF_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
 PDIFF_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-PDIFF_INLINE Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
   return {_mm512_maskz_scalef_ps(m.bits, a.v, n.v)};
 }

@@ -280,19 +280,16 @@ PDIFF_INLINE Vec round(Vec a) {
   const Vec magic = broadcast(12582912.0f);
   return (a + magic) - magic;
 }
-// a * 2^n, n integral: in two factors, each representable.
-PDIFF_INLINE Vec scale_by_power(Vec a, Vec n) {
+// a * 2^n in the lanes of `m`, 0 in the others, whatever they hold; n integral, up to 254. In two
+// factors, each representable.
+PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
   return each_lane<Vec>([=](int i) {
-    const int32_t power = n.lane[i] < 252.0f ? static_cast<int32_t>(n.lane[i]) : 252;
-    const int32_t half = power >> 1;
+    const bool usual = m.lane[i] != 0 && n.lane[i] <= 254.0f;  // not NaN, which `a` then is too
+    const int32_t power = usual ? static_cast<int32_t>(n.lane[i]) : 0, half = power >> 1;
     const float low = float_from_bits(static_cast<uint32_t>(half + 127) << 23);
     const float high = float_from_bits(static_cast<uint32_t>(power - half + 127) << 23);
-    return a.lane[i] * low * high;
+    return m.lane[i] != 0 ? a.lane[i] * low * high : 0.0f;
   });
-}
-// The same in the lanes of `m`, 0 in the others, whatever they hold.
-PDIFF_INLINE Vec scale_by_power(Mask m, Vec a, Vec n) {
-  return select(m, scale_by_power(a, select(m, n, zero())), zero());
 }
 
 }  // namespace

@@ -26,20 +26,16 @@ PDIFF_INLINE Vec exp_fraction(Vec r) {
   return fma(p * r, r, r) + broadcast(1.0f);
 }
 
-/// 2^x within 2 ulp for -126 <= x <= 127 and NaN; nothing is promised elsewhere.
-PDIFF_INLINE Vec exp2_in_range(Vec x) {
-  const Vec n = round(x);
-  return scale_by_power(exp2_fraction(x - n), n);
-}
-
 /// 2^x and e^x within 2 ulp. Results below the smallest normal number are 0 (a denormal would cost
 /// an assist in everything that touches it), -inf gives 0, overflow and +inf give +inf, NaN stays.
-PDIFF_INLINE Vec exp2(Vec x) {
+/// exp2_bounded saves the step that overflow needs; x <= 127 or NaN.
+PDIFF_INLINE Vec exp2_bounded(Vec x) {
   const Mask normal = not_less(x, broadcast(-126.0f));
-  x = min(broadcast(129.0f), x);
   const Vec n = round(x);
   return scale_by_power(normal, exp2_fraction(x - n), n);
 }
+
+PDIFF_INLINE Vec exp2(Vec x) { return exp2_bounded(min(broadcast(129.0f), x)); }
 
 PDIFF_INLINE Vec exp(Vec x) {
   const Mask normal = not_less(x, broadcast(-87.33654f));
