@@ -25,7 +25,7 @@ struct HybridAttentionParams {
   float* lse = nullptr;           // [num_heads_q, total_q]; may be null
   int64_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements from token to token
   int64_t k_page_stride = 0, v_page_stride = 0;      // elements from page to page
-  float softmax_scale = 1.0f;  // not negative
+  float softmax_scale = 1.0f;                        // not negative
   int num_threads = 1;
 };
 
