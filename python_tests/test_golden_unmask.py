@@ -17,7 +17,7 @@ CASES = [int(case) for case in DATA["cases"]]
 FILTERS = [i for i in range(len(META["filters"])) if f"f{i}_logits" in DATA]
 
 
-@pytest.fixture(params=["generic", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request):
     with use_isa(request.param) as available:
         if not available:

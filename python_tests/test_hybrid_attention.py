@@ -15,7 +15,7 @@ HEADS = [(1, 1), (4, 2), (3, 1), (7, 1)]
 HEAD_DIMS = [16, 40, 64, 128, 256]
 
 
-@pytest.fixture(params=["generic", "avx512", "amx"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "amx"])
 def isa(request):
     with use_isa(request.param) as available:
         if not available:

@@ -14,7 +14,7 @@ HEADS = [(1, 1), (4, 2), (7, 1)]
 MAX_POSITION = 70
 
 
-@pytest.fixture(params=["generic", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request):
     with use_isa(request.param) as available:
         if not available:

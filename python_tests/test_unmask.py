@@ -23,7 +23,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=["generic", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request):
     with use_isa(request.param) as available:
         if not available:

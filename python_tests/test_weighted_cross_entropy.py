@@ -14,7 +14,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 VOCAB_SIZES = [1, 7, 17, 1000, 4096, 32003]
 
 
-@pytest.fixture(params=["generic", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request):
     with use_isa(request.param) as available:
         if not available:

@@ -43,6 +43,9 @@ const cpu::HybridAttentionForward& forward_kernel([[maybe_unused]] DType dtype) 
 #if PDIFF_HAVE_AVX512
   if (isa >= Isa::kAvx512) return cpu::avx512::hybrid_attention_forward;
 #endif
+#if PDIFF_HAVE_AVX2
+  if (isa >= Isa::kAvx2) return cpu::avx2::hybrid_attention_forward;
+#endif
   return cpu::generic::hybrid_attention_forward;
 }
 
@@ -53,6 +56,9 @@ const cpu::HybridAttentionBackward& backward_kernel([[maybe_unused]] DType dtype
 #endif
 #if PDIFF_HAVE_AVX512
   if (isa >= Isa::kAvx512) return cpu::avx512::hybrid_attention_backward;
+#endif
+#if PDIFF_HAVE_AVX2
+  if (isa >= Isa::kAvx2) return cpu::avx2::hybrid_attention_backward;
 #endif
   return cpu::generic::hybrid_attention_backward;
 }

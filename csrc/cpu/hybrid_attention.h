@@ -42,6 +42,10 @@ namespace generic {
 extern const HybridAttentionForward hybrid_attention_forward;
 extern const HybridAttentionBackward hybrid_attention_backward;
 }  // namespace generic
+namespace avx2 {
+extern const HybridAttentionForward hybrid_attention_forward;
+extern const HybridAttentionBackward hybrid_attention_backward;
+}  // namespace avx2
 namespace avx512 {
 extern const HybridAttentionForward hybrid_attention_forward;
 extern const HybridAttentionBackward hybrid_attention_backward;

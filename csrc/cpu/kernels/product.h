@@ -38,8 +38,9 @@ struct ProductOperands {
   const float* scale;
 };
 
-// 8 x 2 vectors: 16 chains hide the latency of multiply-add, and 10 loads feed 16 of them.
-constexpr int kBlockRows = 8, kBlockVecs = 2;
+// With 32 registers 8 x 2 vectors: 16 chains hide the latency of multiply-add, and 10 loads feed 16
+// of them. With 16 registers no more than 6 x 2 fit.
+constexpr int kBlockRows = Vec::kLanes >= 16 ? 8 : 6, kBlockVecs = 2;
 
 template <int kRows, int kVecs, Init kInit, Layout kLayout>
 PDIFF_INLINE void product_block(const ProductOperands& x, int row, int col) {
