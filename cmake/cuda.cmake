@@ -27,6 +27,12 @@ if(NOT with_cuda STREQUAL "OFF")
     enable_language(CUDA)
     find_package(CUDAToolkit REQUIRED)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_EXTENSIONS OFF)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc can
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    endif()
     set(PDIFF_CUDA ON)
   else()
     set(cuda_reason "no nvcc found; set CUDACXX or CUDA_HOME")
@@ -34,7 +40,7 @@ if(NOT with_cuda STREQUAL "OFF")
 endif()
 
 if(PDIFF_CUDA)
-  set(PDIFF_NVCC_FLAGS -std=c++20 --expt-relaxed-constexpr -lineinfo)  # CMake 3.25 knows no CUDA20
+  set(PDIFF_NVCC_FLAGS --expt-relaxed-constexpr -lineinfo)
   if(PDIFF_WERROR)  # a register spill is a warning, too
     list(APPEND PDIFF_NVCC_FLAGS -Werror=all-warnings -Xptxas=--warn-on-spills,--warning-as-error)
   endif()
