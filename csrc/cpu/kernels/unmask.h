@@ -1,112 +1,20 @@
+#pragma once
+
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 
-#include "common/gumbel.h"
 #include "common/parallel.h"
-#include "common/philox.h"
+#include "cpu/kernels/unmask_block.h"
+#include "cpu/kernels/unmask_filter.h"
+#include "cpu/kernels/unmask_sample.h"
 #include "cpu/unmask_rows.h"
 
 namespace pdiff::cpu::PDIFF_ISA {
 namespace {
 
-constexpr int kLanes = Vec::kLanes;
-constexpr int kUnroll = 4;  // independent chains, enough to cover the latency of an addition
-constexpr int kStride = kUnroll * kLanes;
-constexpr float kInf = __builtin_inff();
-static_assert(kUnmaskPad % kStride == 0 && kUnmaskBlock % kUnmaskPad == 0);
+// -- a score: what the blocks of a row, or of its kept tokens, add up to --------------------------
 
 constexpr UnmaskScore kNoScore = {-kInf, -kInf, -1, 0.0, 0.0, {-kInf, -kInf, -1}};
-
-PDIFF_INLINE int padded(int n) { return (n + kUnmaskPad - 1) / kUnmaskPad * kUnmaskPad; }
-
-// -- one block -----------------------------------------------------------------------------------
-
-// Logits [begin, begin + n) as floats with bans applied, padded: the row itself where that is what
-// it holds, else a copy in `buffer`.
-template <typename T>
-const float* load_block(const UnmaskRows& rows, const T* row, int begin, int n, float* buffer) {
-  int ban = 0, end = rows.num_banned;  // the first banned id >= begin
-  while (ban < end) {
-    const int middle = (ban + end) / 2;
-    if (rows.banned[middle] < begin) {
-      ban = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  const bool has_bans = ban < rows.num_banned && rows.banned[ban] < begin + n;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (!has_bans && n % kUnmaskPad == 0) return row + begin;
-  }
-  for (int i = 0; i < padded(n); i += kLanes) {
-    store(buffer + i, load_first(row + begin + i, n - i, -kInf));
-  }
-  for (; ban < rows.num_banned && rows.banned[ban] < begin + n; ++ban) {
-    buffer[rows.banned[ban] - begin] = -kInf;
-  }
-  return buffer;
-}
-
-struct BlockMax {
-  float first, second;
-  Vec lanes;
-};
-
-// The two largest values, NaN ignored.
-PDIFF_INLINE BlockMax block_max(const float* x, int n) {
-  Vec first[kUnroll], second[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) first[u] = second[u] = broadcast(-kInf);
-  for (int i = 0; i < n; i += kStride) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec v = load(x + i + u * kLanes);
-      second[u] = max(min(v, first[u]), second[u]);
-      first[u] = max(v, first[u]);
-    }
-  }
-  for (int u = 1; u < kUnroll; ++u) {
-    second[0] = max(max(second[0], second[u]), min(first[0], first[u]));
-    first[0] = max(first[0], first[u]);
-  }
-  const float largest = reduce_max(first[0]);
-  const Mask at_largest = first[0] == broadcast(largest);
-  const Vec others = select(at_largest, broadcast(-kInf), first[0]);
-  const float below = fmaxf(reduce_max(others), reduce_max(second[0]));
-  return {largest, count(at_largest) > 1 ? largest : below, first[0]};
-}
-
-PDIFF_INLINE int find(const float* x, float value) {
-  for (int i = 0;; i += kLanes) {
-    const Mask found = load(x + i) == broadcast(value);
-    if (any(found)) return i + first_set(found);
-  }
-}
-
-struct BlockSum {
-  float sum, weighted;
-};
-
-// sum 2^d, sum d 2^d. d ends at -127, where 2^d counts as 0, so that -inf adds 0 and not -inf * 0.
-// The second operand of max keeps a NaN, which so reaches the sum.
-PDIFF_INLINE BlockSum block_sum(const float* x, int n, float max_logit, float scale,
-                                const char* next) {
-  Vec sum[kUnroll], weighted[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) sum[u] = weighted[u] = zero();
-  const Vec m = broadcast(max_logit), s = broadcast(scale), floor = broadcast(-127.0f);
-  for (int i = 0; i < n; i += kStride) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      prefetch(next + (i + u * kLanes) * sizeof(float));
-      const Vec d = max(floor, (load(x + i + u * kLanes) - m) * s);
-      const Vec e = exp2_bounded(d);
-      sum[u] = sum[u] + e;
-      weighted[u] = fma(d, e, weighted[u]);
-    }
-  }
-  return {reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          reduce_add((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]))};
-}
 
 // Express a score's sums relative to a larger maximum.
 PDIFF_INLINE void raise_max(UnmaskScore& score, float new_max, float scale) {
@@ -116,74 +24,6 @@ PDIFF_INLINE void raise_max(UnmaskScore& score, float new_max, float scale) {
   score.weighted = delta > -1000.0 ? factor * (score.weighted + delta * score.sum) : 0.0;
   score.sum *= factor;
 }
-
-// -- Gumbel-max ----------------------------------------------------------------------------------
-
-struct Sampler {
-  RandomStream stream;
-  float inverse_temperature;
-};
-
-// An upper bound of each word's Gumbel number, from exponent and mantissa of the word as a float.
-// With v = (word + 1/2) / 2^32: -log(-log(1 - v)) <= -log(v), and log2(1 + m) >= m for a mantissa
-// m. The last constant covers rounding.
-PDIFF_INLINE Vec gumbel_bound(VecInt words) {
-  constexpr float kLn2 = 0.693147181f;
-  const Vec log2_word = to_float(bits(to_float_unsigned(words)));  // times 2^23, plus 127
-  return fma(log2_word, broadcast(-kLn2 * 0x1p-23f), broadcast(kLn2 * (127 + 32) + 1e-4f));
-}
-
-// Offer kLanes logits with their words. Few can beat the best one so far, so the Gumbel numbers
-// themselves are rarely computed. Rounding is monotonic, so a bound stays one.
-PDIFF_INLINE void offer(UnmaskDraw& best, VecInt words, const float* x, int first_idx,
-                        float inverse_temperature) {
-  const Vec logits = load(x), scale = broadcast(inverse_temperature);
-  const Mask candidates = fma(logits, scale, gumbel_bound(words)) >= broadcast(best.key);
-  if (!any(candidates)) return;
-  uint32_t word[kLanes];
-  float keys[kLanes] = {};
-  int32_t lanes[kLanes];
-  store(word, words);
-  const int num = store_compressed(lanes, candidates, iota());
-  for (int i = 0; i < num; ++i) keys[lanes[i]] = gumbel(word[lanes[i]]);
-  store(keys, fma(logits, scale, load(keys)));
-  for (int i = 0; i < num; ++i) {
-    const int j = lanes[i];
-    if (keys[j] > best.key) best = {keys[j], x[j], first_idx + j};
-  }
-}
-
-// The word of each lane's id.
-PDIFF_INLINE VecInt random_words_of(RandomStream stream, VecInt ids) {
-  const Philox4x32<VecInt> words = random_words(stream, ids >> 2);
-  const Mask odd = any_bit(ids, 1);
-  const VecInt low = select(odd, words.word[1], words.word[0]);
-  const VecInt high = select(odd, words.word[3], words.word[2]);
-  return select(any_bit(ids, 2), high, low);
-}
-
-// ids[i] is the vocabulary id of x[i]; null: first_idx + i.
-void sample_block(UnmaskDraw& best, const float* x, int n, const int32_t* ids, int first_idx,
-                  const Sampler& sampler) {
-  if (ids != nullptr) {
-    for (int i = 0; i < n; i += kLanes) {
-      const VecInt words = random_words_of(sampler.stream, load(ids + i));
-      offer(best, words, x + i, first_idx + i, sampler.inverse_temperature);
-    }
-    return;
-  }
-  for (int i = 0; i < n; i += 4 * kLanes) {
-    const VecInt group = iota() + broadcast_int((first_idx + i) / 4);
-    Philox4x32<VecInt> words = random_words(sampler.stream, group);
-    interleave(words.word);
-    for (int k = 0; k < 4; ++k) {
-      const int j = i + k * kLanes;
-      offer(best, words.word[k], x + j, first_idx + j, sampler.inverse_temperature);
-    }
-  }
-}
-
-// -- a list of logits ----------------------------------------------------------------------------
 
 // Adds a padded block to a score; returns the maximum of each lane.
 PDIFF_INLINE Vec add_block(UnmaskScore& score, const float* x, int n, const int32_t* ids,
@@ -217,115 +57,6 @@ PDIFF_INLINE UnmaskScore merge(UnmaskScore a, UnmaskScore b, float scale) {
   joined.weighted = a.weighted + b.weighted;
   if (b.draw.key > a.draw.key) joined.draw = b.draw;
   return joined;
-}
-
-// -- the kept set --------------------------------------------------------------------------------
-
-struct List {
-  float* logits;
-  int32_t* ids;  // ascending; null: not wanted
-  int n;
-};
-
-// The last entry of a prefix in the order (logit descending, id ascending).
-struct Boundary {
-  float logit;
-  int32_t id;
-};
-
-struct Range {
-  float lo, hi;
-};
-
-Range range_of(const List& list) {
-  Vec lo = broadcast(kInf), hi = broadcast(-kInf);
-  for (int i = 0; i < list.n; i += kLanes) {
-    const Mask valid = first_lanes(list.n - i);
-    const Vec x = load(list.logits + i);
-    lo = select(valid, min(x, lo), lo);
-    hi = select(valid, max(x, hi), hi);
-  }
-  return {reduce_min(lo), reduce_max(hi)};
-}
-
-// Entries of `from` with logit >= pivot, or those below it, in their order. `to` may be `from`.
-List take_side(const List& from, const List& to, float pivot, bool upper) {
-  int n = 0;
-  for (int i = 0; i < from.n; i += kLanes) {
-    const Vec x = load(from.logits + i);
-    const Mask above = x >= broadcast(pivot);
-    const Mask chosen = (upper ? above : ~above) & first_lanes(from.n - i);
-    if (!any(chosen)) continue;
-    if (from.ids != nullptr) store_compressed(to.ids + n, chosen, load(from.ids + i));
-    n += store_compressed(to.logits + n, chosen, x);
-  }
-  return {to.logits, from.ids != nullptr ? to.ids : nullptr, n};
-}
-
-struct Prefix {
-  double mass;
-  int64_t num;
-};
-
-// How much of the list is >= pivot; its mass only where asked for.
-Prefix measure_above(const List& list, float pivot, bool wants_mass, float max_logit, float scale) {
-  Prefix above = {0.0, 0};
-  for (int begin = 0; begin < list.n; begin += kUnmaskBlock) {
-    const int end = begin + kUnmaskBlock < list.n ? begin + kUnmaskBlock : list.n;
-    Vec mass = zero();
-    for (int i = begin; i < end; i += kLanes) {
-      const Vec x = load(list.logits + i);
-      const Mask chosen = (x >= broadcast(pivot)) & first_lanes(end - i);
-      above.num += count(chosen);
-      if (!wants_mass || !any(chosen)) continue;
-      const Vec d = (x - broadcast(max_logit)) * broadcast(scale);
-      mass = mass + select(chosen, exp2_bounded(d), zero());
-    }
-    above.mass += reduce_add(mass);
-  }
-  return above;
-}
-
-// Where the shortest prefix that reaches either goal ends, found by halving the range of logits:
-// only the half that holds the boundary is looked at again, so the work is a small multiple of the
-// list.
-Boundary find_boundary(List list, const List& work, Prefix goal, float max_logit, float scale) {
-  const bool wants_mass = goal.mass < DBL_MAX;
-  Prefix kept = {0.0, 0};
-  Range range = range_of(list);
-  while (range.lo < range.hi) {
-    float pivot = 0.5f * range.lo + 0.5f * range.hi;
-    if (!(pivot > range.lo)) pivot = range.hi;  // neighbours
-    const Prefix above = measure_above(list, pivot, wants_mass, max_logit, scale);
-    const bool upper = kept.mass + above.mass >= goal.mass || kept.num + above.num >= goal.num;
-    if (!upper) kept = {kept.mass + above.mass, kept.num + above.num};
-    list = take_side(list, work, pivot, upper);
-    range = range_of(list);
-  }
-  // Equal logits are left. Top-k keeps all of them, top-p those of lowest id that it needs.
-  const double weight = ::exp2(static_cast<double>(range.lo - max_logit) * scale);
-  const double num = fmin(list.n, ceil((goal.mass - kept.mass) / weight));
-  const int last = num > 1.0 ? static_cast<int>(num) - 1 : 0;
-  return {range.lo, list.ids != nullptr ? list.ids[last] : -1};
-}
-
-// The part of a prefix of `list` up to its boundary, padded.
-List take_prefix(const List& list, const List& to, Boundary boundary) {
-  int n = 0;
-  for (int i = 0; i < list.n; i += kLanes) {
-    const Vec x = load(list.logits + i), edge = broadcast(boundary.logit);
-    const VecInt id = load(list.ids + i);
-    const Mask tied = (x == edge) & (id <= broadcast_int(boundary.id));
-    const Mask kept = ((edge < x) | tied) & first_lanes(list.n - i);
-    if (!any(kept)) continue;
-    store_compressed(to.ids + n, kept, id);
-    n += store_compressed(to.logits + n, kept, x);
-  }
-  for (int i = n; i < padded(n); ++i) {
-    to.logits[i] = -kInf;
-    to.ids[i] = 0;
-  }
-  return {to.logits, to.ids, n};
 }
 
 // -- a row ---------------------------------------------------------------------------------------
