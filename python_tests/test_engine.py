@@ -279,6 +279,8 @@ def test_without_the_grammar_a_bad_plan_is_a_finish_reason(llm):
         ([1, -1], "got -1 at position 1"),
         ([1, 55], "control token 55 at position 1"),
         ("text", "expected token ids where there is no tokenizer"),
+        (None, "prompt: expected text, a conversation or token ids, got None"),
+        ([1, "a"], "prompt: expected text, a conversation or token ids"),
         ([1] * 600, "the model's positions hold 512"),
     ],
 )
@@ -293,9 +295,11 @@ def test_bad_prompts_are_refused(llm, prompt, message):
     [
         ("mode", "x"), ("max_tokens", 0), ("max_tokens", 1 << 63), ("temperature", -1.0),
         ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1),
+        ("top_k", 1 << 31),
         ("seed", -1), ("seed", 1 << 63), ("unmask", "best"), ("steps_ratio", 0.0),
         ("steps_ratio", float("inf")), ("threshold", 2.0), ("length_scale", 0.0),
-        ("kv_commit", "dirty"), ("plan", []), ("max_tokens", True), ("alg_temp", -0.1),
+        ("kv_commit", "dirty"), ("isolate_spans", "no"), ("unmask", []),
+        ("plan", []), ("max_tokens", True), ("alg_temp", -0.1),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(field, value):
@@ -316,7 +320,11 @@ def test_a_threshold_rule_needs_a_threshold():
         ([[([], 4)]], "a topic needs words"),
         ([[("words", 4)]], "must be token ids"),
         ([[7.5]], r"expected \(topic, length\)"),
-        ([[50, 7, 51, 57]], r"plan: round 1: token_ids\[2\]: .*expected text .* got 51 \(topic_end\)"),
+        ([[50, 7, 51, 57]], r"plan: round 1: token_ids\[2\]: .*got 51 \(topic_end\)"),
+        (5, "plan: expected a list of rounds"),
+        ([5], r"plan: expected rounds of \(topic, length\)"),
+        ([[(None, 8)]], "a topic needs words"),
+        ([[([7, 44], 8)]], "must not end in a digit"),
         ([[50, 7, 41, 51, 54], [50, 7, 57]], "plan: round 2"),
         ([[57]], "plan: round 1: expected a topic, got none"),
         ([[50, 99, 41, 51, 57]], "plan: expected ids from 0 to 57, got 99"),
@@ -345,3 +353,43 @@ def test_a_second_round_without_room_ends_in_length(llm):
     assert output.finish_reason == "length"
     assert len(output.rounds) == 1
     assert len(output.token_ids) <= first + 3
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
+    expected = llm.generate([PROMPT])[0].token_ids
+    calls = iter(range(3))
+
+    def interrupted(works):
+        next(calls)
+        return run(works)
+
+    run = llm.engine.runner.run
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    with pytest.raises(StopIteration):
+        llm.generate([PROMPT, [4, 4]])
+    monkeypatch.undo()
+    assert not llm.engine.has_work
+    assert llm.engine.allocator.num_free == llm.engine.allocator.num_pages
+    assert llm.generate([PROMPT])[0].token_ids == expected
+
+
+def test_one_call_at_a_time(llm):
+    stream = llm.stream(PROMPT, GenerationParams(plan=TWO_ROUNDS, max_tokens=100))
+    next(stream)
+    with pytest.raises(RuntimeError, match="another generate or stream is under way"):
+        llm.generate([PROMPT])
+    stream.close()
+    assert not llm.engine.has_work
+    events = list(llm.stream([4, 4]))
+    assert len({event.request_id for event in events}) == 1
+
+
+def test_ids_may_be_an_array(llm):
+    (as_list,), (as_tensor,) = llm.generate([PROMPT]), llm.generate(torch.tensor(PROMPT))
+    assert as_list.token_ids == as_tensor.token_ids
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"abc", {"role": "user"}])
+def test_prompts_of_other_types_are_refused(llm, prompts):
+    with pytest.raises(ValueError, match="prompts: expected"):
+        llm.generate(prompts)

@@ -251,3 +251,11 @@ def test_compiles_without_graph_breaks(inplace_backward):
 
     compiled, eager = gradient(torch.compile(step, fullgraph=True)), gradient(step)
     torch.testing.assert_close(compiled, eager)
+
+
+def test_rows_on_the_same_memory_are_refused():
+    logits = torch.randn(1, 8).expand(4, 8)
+    labels, weight = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    kind = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="rows that do not overlap"):
+        ops.weighted_cross_entropy(logits, labels, weight, kind, normaliser=4.0)

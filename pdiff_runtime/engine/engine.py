@@ -124,12 +124,15 @@ class Engine:
             Request(request_id, prompt_ids, params, self.limits, pages, user_rounds)
         )
 
-    def drop_waiting(self, request_ids: Sequence[str]) -> None:
-        """Take requests out of the queue again; those already running go on."""
-        dropped = set(request_ids)
-        self.waiting = collections.deque(
-            request for request in self.waiting if request.request_id not in dropped
-        )
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget requests, waiting or running, and give their pages back; unknown ids are fine."""
+        aborted = set(request_ids)
+        for request in self.running:
+            if request.request_id in aborted:
+                request.pages.release()
+                del self._reserved[request.request_id], self._started[request.request_id]
+        self.running = [r for r in self.running if r.request_id not in aborted]
+        self.waiting = collections.deque(r for r in self.waiting if r.request_id not in aborted)
 
     @property
     def has_work(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from pdiff_runtime.plan import ControlTokens
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """A user's text, a conversation (``[{"role": ..., "content": ...}]``), or token ids."""
 
+_Request = tuple[str, list[int], GenerationParams, list[list[int]]]
+
 
 class LLM:
-    """A planned-diffusion model ready to answer.
+    """A planned-diffusion model ready to answer, one call at a time.
 
     Args:
         model_or_path: A decoder, a checkpoint folder or hub id; None for the bundled model.
@@ -65,6 +69,7 @@ class LLM:
             self.model, tags, config or EngineConfig(), self._decode, self._banned_ids()
         )
         self._num_requests = 0
+        self._lock = threading.Lock()
 
     def generate(
         self,
@@ -79,40 +84,60 @@ class LLM:
 
         Raises:
             ValueError: A bad prompt or parameter; nothing was run.
+            RuntimeError: Another call is under way, in this thread (an open stream) or another.
         """
+        if hasattr(prompts, "tolist"):  # ids as an array or a tensor
+            prompts = prompts.tolist()
+        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Sequence):
+            raise ValueError(
+                f"prompts: expected text, token ids or a list of them, got {prompts!r}"
+            )
         is_one = isinstance(prompts, str) or _is_ids(prompts) or _is_conversation(prompts)
         batch: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item,assignment]
         if params is None or isinstance(params, GenerationParams):
             params = [params or self.default_params] * len(batch)
         if len(params) != len(batch):
             raise ValueError(f"params: expected {len(batch)}, one per prompt, got {len(params)}")
-        encoded = [self.encode(prompt) for prompt in batch]
-        plans = [self.encode_plan(each.plan) for each in params]
-        ids: list[str] = []
-        try:
-            for prompt_ids, each, plan in zip(encoded, params, plans, strict=True):
-                ids.append(self._next_id())
-                self.engine.add(ids[-1], prompt_ids, each, plan)
-        except ValueError:
-            self.engine.drop_waiting(ids)
-            raise
+        for each in params:
+            if not isinstance(each, GenerationParams):
+                raise ValueError(f"params: expected GenerationParams, got {each!r}")
+        requests = [
+            (self._next_id(), self.encode(prompt), each, self.encode_plan(each.plan))
+            for prompt, each in zip(batch, params, strict=True)
+        ]
         outputs: dict[str, RequestOutput] = {}
-        while self.engine.has_work:
-            for event in self.engine.step():
-                if isinstance(event, Finished):
-                    outputs[event.request_id] = event.output
-        return [outputs[request_id] for request_id in ids]
+        with self._running(requests):
+            while self.engine.has_work:
+                for event in self.engine.step():
+                    if isinstance(event, Finished):
+                        outputs[event.request_id] = event.output
+        return [outputs[request_id] for request_id, *_ in requests]
 
     def stream(self, prompt: Prompt, params: GenerationParams | None = None) -> Iterator[Event]:
-        """Answer one prompt and say what happens on the way.
+        """Answer one prompt and say what happens on the way; closing the iterator cancels it.
 
         Raises:
             ValueError: A bad prompt or parameter.
+            RuntimeError: Another call is under way.
         """
         params = params or self.default_params
-        self.engine.add(self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan))
-        while self.engine.has_work:
-            yield from self.engine.step()
+        request = (self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan))
+        with self._running([request]):
+            while self.engine.has_work:
+                yield from self.engine.step()
+
+    @contextlib.contextmanager
+    def _running(self, requests: Sequence[_Request]) -> Iterator[None]:
+        """Hold the engine for these requests; whatever ends the block, none of them stays."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("LLM: another generate or stream is under way; one at a time")
+        try:
+            for request in requests:
+                self.engine.add(*request)
+            yield
+        finally:
+            self.engine.abort([request_id for request_id, *_ in requests])
+            self._lock.release()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -120,11 +145,16 @@ class LLM:
         Raises:
             ValueError: An empty prompt, a control tag in it, or text without a tokenizer.
         """
+        if hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()
         if _is_ids(prompt):
             return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
-        if len(prompt) == 0 and not isinstance(prompt, str):
-            raise ValueError("prompt: expected at least one token, got none")
+        is_text = isinstance(prompt, str) or _is_conversation(prompt)
+        if not is_text and prompt != []:
+            raise ValueError(f"prompt: expected text, a conversation or token ids, got {prompt!r}")
         if self.tokenizer is None:
+            if prompt == []:
+                raise ValueError("prompt: expected at least one token, got none")
             raise ValueError("prompt: expected token ids where there is no tokenizer, got text")
         return self.tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
 
@@ -145,26 +175,40 @@ class LLM:
             if token_ids[-1] not in (self.tags.sync, self.tags.eos):
                 raise ValueError("plan: token ids of a round must end in sync or eos")
             return token_ids
+        if not _is_list(plan_round):
+            raise ValueError(f"plan: expected rounds of (topic, length), got {plan_round!r}")
         token_ids = []
-        unit = self.model.config.length_unit
         for entry in plan_round:
             if not (isinstance(entry, tuple | list) and len(entry) == 2):
                 raise ValueError(f"plan: expected (topic, length), got {entry!r}")
-            topic, length = entry
-            if not isinstance(length, int) or not 1 <= length <= 99 * unit or length % unit:
-                raise ValueError(
-                    f"plan: expected a length in tokens, a multiple of {unit} up to {99 * unit}, "
-                    f"got {length!r}"
-                )
-            if isinstance(topic, str):
-                if self.tokenizer is None:
-                    raise ValueError("plan: topics must be token ids where there is no tokenizer")
-                topic = self.tokenizer.encode_text(topic)
-            if len(topic) == 0:
-                raise ValueError("plan: a topic needs words")
-            number = [self.tags.digits[int(digit)] for digit in str(length // unit)]
-            token_ids += [self.tags.topic_start, *topic, *number, self.tags.topic_end]
+            token_ids += self._encode_topic(*entry)
         return [*token_ids, closing]
+
+    def _encode_topic(self, topic: object, length: object) -> list[int]:
+        unit, tags = self.model.config.length_unit, self.tags
+        is_length = isinstance(length, int) and not isinstance(length, bool)
+        if not is_length or not 1 <= length <= 99 * unit or length % unit:  # type: ignore[operator]
+            raise ValueError(
+                f"plan: expected a length in tokens, a multiple of {unit} up to {99 * unit}, "
+                f"got {length!r}"
+            )
+        if isinstance(topic, str):
+            if self.tokenizer is None:
+                raise ValueError("plan: topics must be token ids where there is no tokenizer")
+            words = self.tokenizer.encode_text(topic)
+        elif _is_ids(topic):
+            words = [int(token_id) for token_id in topic]  # type: ignore[attr-defined]
+        else:
+            words = []
+        if not words:
+            raise ValueError(f"plan: a topic needs words, got {topic!r}")
+        number = [tags.digits[int(digit)] for digit in str(length // unit)]  # type: ignore[operator]
+        if words[-1] in tags.digits and len(number) == 1:
+            # "World War 2" must not run into the number.
+            if self.tokenizer is None:
+                raise ValueError(f"plan: a topic must not end in a digit, got {topic!r}")
+            words = [*words, *self.tokenizer.encode_text(" ")]
+        return [tags.topic_start, *words, *number, tags.topic_end]
 
     def _next_id(self) -> str:
         self._num_requests += 1
@@ -193,17 +237,24 @@ def _recommended(folder: Path) -> GenerationParams:
         ValueError: A field that is no parameter, or out of its range.
     """
     file = folder / "generation_config.json"
-    fields = json.loads(file.read_text("utf-8")).get("pdiff", {}) if file.is_file() else {}
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    fields = config.get("pdiff", {}) if isinstance(config, dict) else None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object with an object under 'pdiff'")
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(GenerationParams)})
     if unknown:
         raise ValueError(f"{file}: unknown parameter {unknown[0]!r}")
     return GenerationParams(**fields)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
 def _is_ids(value: object) -> bool:
     return (
         isinstance(value, Sequence)
-        and not isinstance(value, str)
+        and not isinstance(value, str | bytes)
         and len(value) > 0
         and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
     )

@@ -14,7 +14,8 @@ from pdiff_runtime.denoise import RULES
 Mode = Literal["planned", "ar", "diffusion"]
 UserRound = Sequence[int] | Sequence[tuple[str | Sequence[int], int]]
 """One round of a user's plan: the token ids of its text, ending in sync or eos, or a list of
-``(topic, length)`` with the topic's words (or their token ids) and the span's length in tokens."""
+``(topic, length)`` with the topic's words (or their token ids) and the span's length in tokens, a
+multiple of the model's length unit; ``length_scale`` rescales it like any other."""
 
 MAX_TOKENS_LIMIT = 1 << 20
 MAX_SEED = (1 << 63) - 1
@@ -62,7 +63,9 @@ class GenerationParams:
     Attributes:
         mode: "planned": a plan, then its spans at once; "ar": token by token, no control tags;
             "diffusion": one span over the whole answer, ``max_tokens`` long with its two tags.
-        max_tokens: Tokens after the prompt: plan, tags, spans with their pads, sync.
+        max_tokens: Tokens after the prompt: plan, tags, spans with their pads, sync. What a plan
+            leaves of them is dealt to its spans in reading order: one may be shortened, later ones
+            dropped, and the answer ends with "length".
         temperature: 0 (the default) takes the most likely token.
         top_p, top_k: Filters before sampling; 1.0 and 0 (or None) are off.
         seed: Of the random numbers; None draws one.
@@ -105,10 +108,11 @@ class GenerationParams:
             _expect_number("temperature", self.temperature, 0.0, 1e4)
         _expect_number("top_p", self.top_p, 0.0, 1.0, low_is_open=True)
         if self.top_k is not None:
-            _expect_int("top_k", self.top_k, 0, 1 << 31)
+            _expect_int("top_k", self.top_k, 0, (1 << 31) - 1)
         if self.seed is not None:
             _expect_int("seed", self.seed, 0, MAX_SEED)
-        _expect(self.unmask in RULES, "unmask", f"one of {sorted(RULES)}", self.unmask)
+        is_rule = isinstance(self.unmask, str) and self.unmask in RULES
+        _expect(is_rule, "unmask", f"one of {sorted(RULES)}", self.unmask)
         _expect_number("steps_ratio", self.steps_ratio, 0.0, 1e3, low_is_open=True)
         if RULES[self.unmask].needs_threshold and self.threshold is None:
             raise ValueError(f"threshold: {self.unmask!r} needs one, got None")
@@ -121,7 +125,10 @@ class GenerationParams:
                 "None, 'clean' or 'published'", self.kv_commit)  # fmt: skip
         if self.plan is not None:
             _expect(self.mode == "planned", "plan", "mode='planned' with it", self.mode)
-            _expect(len(self.plan) > 0, "plan", "at least one round", self.plan)
+            is_list = isinstance(self.plan, Sequence) and not isinstance(self.plan, str | bytes)
+            _expect(is_list and len(self.plan) > 0, "plan", "a list of rounds", self.plan)
+        for name in ("isolate_spans", "use_grammar", "record_steps"):
+            _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
 
     def resolve_seed(self) -> int:
         """The seed, drawn now if none was given."""

@@ -60,6 +60,8 @@ class Tokenizer:
             raise ValueError(f"tokenizer: cannot read {file}: {error}") from error
         config_file = path / "tokenizer_config.json"
         config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"tokenizer: expected a JSON object in {config_file}")
         template_file = path / "chat_template.jinja"
         if template_file.is_file():
             config["chat_template"] = template_file.read_text("utf-8")
@@ -81,15 +83,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; control tags in it become control tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of ``text`` taken as plain text, whatever tags it spells."""
         self.backend.encode_special_tokens = True
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return self._encode(text)
         finally:
             self.backend.encode_special_tokens = False
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: not valid Unicode at position {error.start}") from error
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of ``token_ids``, control tags included."""
@@ -113,7 +122,7 @@ class Tokenizer:
         if found and not escape:
             raise ValueError(
                 f"prompt: contains the control tag {found[0]!r}, which only the model may write; "
-                "remove it or ask for escaping"
+                "remove it, or encode the prompt with Tokenizer.encode_prompt(..., escape=True)"
             )
         if self._template is None:
             return [token_id for text in contents for token_id in self.encode_text(text)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -227,10 +227,17 @@ def _backward(
     return *gradients, None, None
 
 
+def _no_second_derivative(ctx: Any, *_: Tensor | None) -> NoReturn:
+    raise RuntimeError("hybrid_attention: has no second derivative")
+
+
 library.impl("hybrid_attention", _forward_op, "CPU")
 library.impl("hybrid_attention_backward", _backward_op, "CPU")
 torch.library.register_fake("pdiff::hybrid_attention", _forward_fake, lib=library)
 torch.library.register_fake("pdiff::hybrid_attention_backward", _backward_fake, lib=library)
 torch.library.register_autograd(
     "pdiff::hybrid_attention", _backward, setup_context=_setup_context, lib=library
+)
+torch.library.register_autograd(
+    "pdiff::hybrid_attention_backward", _no_second_derivative, lib=library
 )

@@ -100,6 +100,10 @@ def _run(
     rows, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits: expected rows without gaps, got strides {logits.stride()}")
+    if rows > 1 and logits.stride(0) < vocab_size:
+        raise ValueError(
+            f"logits: expected rows that do not overlap, got strides {logits.stride()}"
+        )
     check_tensor("labels", labels, torch.int64, (rows,), device)
     check_tensor("weight", weight, torch.float32, (rows,), device)
     check_tensor("kind", kind, torch.uint8, (rows,), device)

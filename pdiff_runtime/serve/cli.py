@@ -42,9 +42,8 @@ class Cli(click.Group):
         except ValueError as error:
             raise InputError(str(error)) from error
         except OSError as error:
-            if error.filename is None:
-                raise
-            raise InputError(f"{error.filename}: {error.strerror}") from error
+            where = f"{error.filename}: " if error.filename else ""
+            raise InputError(f"{where}{error.strerror or error}") from error
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

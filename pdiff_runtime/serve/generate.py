@@ -35,7 +35,7 @@ def parse_plan(text: str) -> list[UserRound]:
     """
     try:
         rounds = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"plan: not valid JSON ({error})") from error
     if _is_round(rounds):
         rounds = [rounds]

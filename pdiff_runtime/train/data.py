@@ -43,9 +43,9 @@ def parse_document(line: str) -> TaggedDocument:
         record = json.loads(line)
         prompt, text = record["prompt"], record["text"]
         family = record.get("family", "")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"expected a JSON object with prompt and text, got {line[:60]!r} ({error!r})"
+            f"expected a JSON object with prompt and text, got {line[:60]!r}"
         ) from error
     if not all(isinstance(field, str) for field in (prompt, text, family)):
         raise ValueError("prompt, text and family must be strings")

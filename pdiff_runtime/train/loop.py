@@ -201,9 +201,12 @@ class Trainer:
         temporary.replace(self.checkpoint)
 
     def _load(self) -> None:
-        with safetensors.safe_open(self.checkpoint, framework="pt") as file:
-            self.progress = Progress(**json.loads(file.metadata()["progress"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safetensors.safe_open(self.checkpoint, framework="pt") as file:
+                self.progress = Progress(**json.loads(file.metadata()["progress"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, TypeError, KeyError) as error:
+            raise ValueError(f"checkpoint: {self.checkpoint} is damaged ({error})") from error
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])

@@ -83,7 +83,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise ValueError(f"recipe: no file {name_or_path!r}, and the shipped ones are: {shipped}")
     try:
         fields = tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path}: {error}") from error
     fields.setdefault("name", path.stem)
     model = _build(ModelConfig, fields.pop("model", {}), "model")

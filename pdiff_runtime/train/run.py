@@ -136,7 +136,10 @@ def _claim(recipe: Recipe, out_dir: Path) -> None:
     fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     file = out_dir / "recipe.json"
     if file.is_file() and (out_dir / "checkpoint.safetensors").is_file():
-        earlier = json.loads(file.read_text("utf-8"))
+        try:
+            earlier = json.loads(file.read_text("utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"out: {file} is damaged ({error})") from error
         free = {"name", "log_every", "save_every"}
         changed = sorted(k for k in fields if k not in free and fields[k] != earlier.get(k))
         if changed:
