@@ -159,8 +159,6 @@ class Runner:
             mask_idx = work.mask_idx[job.row_idx]
             if work.request.params.mode == "ar":
                 logits[row].masked_fill_(~self.ar_mask, float("-inf"))
-                if len(work.request.token_ids) == work.request.prompt_len:  # never an empty answer
-                    logits[row, work.request.tags.eos] = float("-inf")
             elif mask_idx is not None:
                 logits[row].masked_fill_(~self.plan_masks[mask_idx], float("-inf"))
         num = len(jobs)
