@@ -319,3 +319,14 @@ def test_gradients_need_packed_keys():
     out = hybrid_attention(q.requires_grad_(), k, v, plan)
     with pytest.raises(ValueError, match="plan: expected packed keys, got a page table"):
         out.sum().backward()
+
+
+def test_there_is_no_second_derivative():
+    problem = AttentionProblem("one_span")
+    plan = problem.plan()
+    q, k, v = problem.inputs(plan)
+    q.requires_grad_()
+    out = hybrid_attention(q, k, v, plan)
+    (gradient,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.pow(2).sum(), q)

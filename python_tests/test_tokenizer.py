@@ -68,3 +68,8 @@ def test_templates_run_in_a_sandbox(tmp_path):
 def test_a_tokenizer_without_tags_is_refused_by_name(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="<promise>-<topic>"):
         ControlTokens.from_tokenizer(tokenizer)
+
+
+def test_text_that_is_no_unicode_is_named(tokenizer):
+    with pytest.raises(ValueError, match="not valid Unicode at position 1"):
+        tokenizer.encode_prompt("a\udcff")
