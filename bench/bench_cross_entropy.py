@@ -13,22 +13,13 @@ import itertools
 
 import pytest
 import torch
-from measure import alternate, machine
+from measure import alternate
 from torch import Tensor
 
 from pdiff_runtime import ops
 
 ROWS, VOCAB_SIZE, NORMALISER = 256, 152_064, 250.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(params=[1, None], ids=["1thread", "all_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param or before)
-    print(f"\n{machine()}")
-    yield torch.get_num_threads()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

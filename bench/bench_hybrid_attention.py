@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import Timing, alternate, machine
+from measure import Timing, alternate
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -107,15 +107,6 @@ def gemm_call(dtype: torch.dtype, flops: float) -> tuple[Callable[[], None], int
             torch.mm(a, b)
 
     return call, repeats * 2 * size**3
-
-
-@pytest.fixture(params=[1, None], ids=["1thread", "all_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param or before)
-    print(f"\n{machine()}")
-    yield torch.get_num_threads()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

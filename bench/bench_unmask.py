@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import alternate, machine
+from measure import alternate
 from torch import Tensor
 
 from pdiff_runtime import ops
@@ -66,15 +66,6 @@ def torch_step(score: Callable[..., tuple[Tensor, Tensor]], token_ids: Tensor, l
     for lo, hi in itertools.pairwise(CU_ROWS_SPAN.tolist()):
         best = lo + confidence[lo:hi].topk(QUOTA).indices
         token_ids[ROW_POSITION[best].long()] = candidate[best]
-
-
-@pytest.fixture(params=[1, None], ids=["1thread", "all_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param or before)
-    print(f"\n{machine()}")
-    yield torch.get_num_threads()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

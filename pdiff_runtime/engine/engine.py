@@ -61,10 +61,8 @@ class Engine:
             banned_ids=tuple(banned_ids),
         )
         self.limits = Limits(tags, grammar, shape.length_unit, config.draft_plan)
-        topic_tags = (tags.topic_start, tags.topic_end, tags.async_start, tags.async_end)
-        control = [*topic_tags, tags.sync, tags.mask]
         ar_mask = torch.ones(shape.vocab_size, dtype=torch.bool)
-        ar_mask[[*control, tags.pad, *banned_ids]] = False
+        ar_mask[[*(tags.control_ids - {tags.eos}), *banned_ids]] = False
         self.runner = Runner(
             model,
             KVCache(
@@ -72,7 +70,7 @@ class Engine:
                 num_heads_kv=shape.num_heads_kv, head_dim=shape.head_dim,
                 dtype=model.model.embed_tokens.weight.dtype,
             ),
-            banned_in_span=torch.tensor(sorted({*control, tags.eos, *banned_ids} - {tags.pad})),
+            banned_in_span=torch.tensor(sorted({*tags.banned_in_span, *banned_ids} - {tags.pad})),
             plan_masks=grammar.masks,
             ar_mask=ar_mask,
             max_logits_rows=config.max_logits_rows,
@@ -156,10 +154,8 @@ class Engine:
         if len(prompt_ids) == 0:
             raise ValueError("prompt: expected at least one token, got none")
         self._check_ids("prompt", prompt_ids)
-        control = {
-            self.tags.topic_start, self.tags.topic_end, self.tags.async_start,
-            self.tags.async_end, self.tags.sync, self.tags.mask,
-        }  # fmt: skip
+        # Earlier replies of a conversation end in eos, and prompts may be padded.
+        control = self.tags.control_ids - {self.tags.pad, self.tags.eos}
         for position, token_id in enumerate(prompt_ids):
             if token_id in control:
                 raise ValueError(

@@ -221,13 +221,10 @@ class LLM:
         """Special tokens that are no control tokens, and embedding rows without a token."""
         if self.tokenizer is None:
             return []
-        tags = self.tags
-        used = {tags.topic_start, tags.topic_end, tags.async_start, tags.async_end, tags.sync,
-                tags.mask, tags.pad, tags.eos}  # fmt: skip
         vocab_size = self.model.config.vocab_size
         beyond = range(self.tokenizer.vocab_size, vocab_size)
         special = [i for i in self.tokenizer.special_ids if i < vocab_size]
-        return sorted({*special, *beyond} - used)
+        return sorted({*special, *beyond} - self.tags.control_ids)
 
 
 def _recommended(folder: Path) -> GenerationParams:
