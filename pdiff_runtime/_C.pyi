@@ -11,6 +11,7 @@ compiler: str
 build_type: str
 cuda_architectures: str
 built_with_cuda: bool
+emulates_cuda: bool
 built_with_openmp: bool
 
 class CudaDevice(TypedDict):
@@ -103,6 +104,8 @@ class AttentionPlan:
         page_table: int,
         max_pages: int,
         page_size: int,
+        for_gpu: bool,
+        split_keys: bool,
         num_threads: int,
     ) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
@@ -114,6 +117,10 @@ class AttentionPlan:
     def num_tiles(self) -> int: ...
     @property
     def tile_rows(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def num_key_tiles(self) -> int: ...
     @property
     def num_pages(self) -> int: ...
 

@@ -246,7 +246,10 @@ def test_opcheck(page_size):
     if page_size is None:
         for x in (q, k, v):
             x.requires_grad_()
-    torch.library.opcheck(torch.ops.pdiff.hybrid_attention.default, (q, k, v, plan.words, 0.125))
+    torch.library.opcheck(
+        torch.ops.pdiff.hybrid_attention.default,
+        (q, k, v, plan.words, plan.num_slots, 0.125, str(plan.impl)),
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -40,6 +40,7 @@ void bind_environment(py::module_& m) {
   m.attr("build_type") = PDIFF_BUILD_TYPE;
   m.attr("cuda_architectures") = PDIFF_CUDA_ARCHITECTURES;
   m.attr("built_with_cuda") = built_with_cuda();
+  m.attr("emulates_cuda") = PDIFF_EMULATE_CUDA != 0;
 #if defined(_OPENMP)
   m.attr("built_with_openmp") = true;
 #else

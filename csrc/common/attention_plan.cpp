@@ -37,6 +37,53 @@ int32_t cpu_tile_rows(const std::vector<const SpanLayout*>& layouts,
   return rows;
 }
 
+// Tokens per tile of the GPU kernels: the heads of a group fill the tile.
+int32_t gpu_tile_rows(const AttentionPlanOptions& options) {
+  const int32_t group_size = options.num_heads_q / options.num_heads_kv;
+  return std::max(1, kGpuTileRows / group_size);
+}
+
+// How many tiles of kGpuTileKeys keys the rows of a tile visit.
+int32_t num_key_tiles_of(const SegmentsView& view, int32_t segment, int32_t row_hi) {
+  int32_t num = 0;
+  KeyRun run{};
+  for (int32_t key = 0; next_run(view, segment, row_hi, key, &run); key = run.key_lo + 1) {
+    num += (run.key_hi - run.key_lo + kGpuTileKeys - 1) / kGpuTileKeys;
+  }
+  return num;
+}
+
+// Pairs of rows and keys that a key tile's rows make up, over whole ranges.
+int64_t pairs_of_keys(const KeyMajorLayout& layout, int32_t segment, int32_t key_lo,
+                      int32_t key_hi) {
+  int64_t pairs = 0;
+  for (size_t s = segment; s < layout.segments.size() && layout.segments[s].lo < key_hi; ++s) {
+    const int64_t keys =
+        std::min(layout.segments[s].hi, key_hi) - std::max(layout.segments[s].lo, key_lo);
+    for (int32_t r = layout.range_ptr[s]; r < layout.range_ptr[s + 1]; ++r) {
+      pairs += keys * (layout.ranges[r].q_hi - layout.ranges[r].q_lo);
+    }
+  }
+  return pairs;
+}
+
+// Indices in order of falling work.
+std::vector<int32_t> by_falling(const std::vector<int64_t>& work) {
+  std::vector<int32_t> order(work.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return work[a] > work[b]; });
+  return order;
+}
+
+template <typename T>
+std::vector<T> in_order(const std::vector<T>& records, const std::vector<int32_t>& order) {
+  std::vector<T> ordered;
+  ordered.reserve(records.size());
+  for (const int32_t idx : order) ordered.push_back(records[idx]);
+  return ordered;
+}
+
 // Appends trivially copyable records to the block of words and returns their offset.
 template <typename T>
 int32_t append(std::vector<int32_t>& words, const T* records, size_t count) {
@@ -116,7 +163,11 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
   header.num_heads_kv = options.num_heads_kv;
   header.head_dim = options.head_dim;
   header.page_size = options.page_size;
-  header.tile_rows = options.tile_rows > 0 ? options.tile_rows : cpu_tile_rows(layouts, options);
+  header.schedule = static_cast<int32_t>(options.schedule);
+  const bool for_gpu = options.schedule == Schedule::kGpu;
+  header.tile_rows = options.tile_rows > 0 ? options.tile_rows
+                     : for_gpu             ? gpu_tile_rows(options)
+                                           : cpu_tile_rows(layouts, options);
 
   std::vector<PlanSequence> sequences;
   std::vector<Segment> segments;
@@ -133,7 +184,9 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
                          .num_keys = layout.num_keys,
                          .segment_begin = static_cast<int32_t>(segments.size()),
                          .num_segments = layout.num_segments(),
-                         .page_begin = static_cast<int32_t>(pages.size())});
+                         .page_begin = static_cast<int32_t>(pages.size()),
+                         .key_segment_begin = 0,
+                         .num_key_segments = 0});
     header.total_q = checked_sum(int64_t{header.total_q} + layout.num_rows, "total_q");
     header.total_kv = checked_sum(int64_t{header.total_kv} + layout.num_keys, "total_kv");
     const int32_t base = interval_ptr.back();
@@ -149,45 +202,93 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
     }
   }
 
-  // Tiles, and the pairs each of them and each sequence sees.
   PlanView view{};
   view.segments = segments.data();
   view.interval_ptr = interval_ptr.data();
   view.intervals = intervals.data();
+
+  // Tiles and their work: on a CPU the visible pairs, on a GPU the pairs of visited key tiles.
   std::vector<PlanTile> tiles;
-  std::vector<int64_t> tile_pairs, sequence_pairs(layouts.size(), 0);
+  std::vector<int64_t> tile_work, sequence_work(layouts.size(), 0);
+  const int32_t group_size = options.num_heads_q / options.num_heads_kv;
   for (int32_t idx = 0; idx < header.num_sequences; ++idx) {
     const SegmentsView local = segments_of(view, sequences[idx]);
     int32_t segment = 0;
     for (int32_t row = 0; row < sequences[idx].num_rows; row += header.tile_rows) {
       const int32_t row_hi = std::min(sequences[idx].num_rows, row + header.tile_rows);
       while (segment < local.num_segments && local.segments[segment].q_hi <= row) ++segment;
-      tiles.push_back({.sequence = idx, .row_lo = row, .row_hi = row_hi, .segment = segment});
-      tile_pairs.push_back(visible_pairs(local, segment, row, row_hi));
-      sequence_pairs[idx] += tile_pairs.back();
+      PlanTile tile{.sequence = idx,
+                    .row_lo = row,
+                    .row_hi = row_hi,
+                    .segment = segment,
+                    .part = 0,
+                    .num_parts = 1,
+                    .slot_begin = 0};
+      if (!for_gpu) {
+        tiles.push_back(tile);
+        tile_work.push_back(visible_pairs(local, segment, row, row_hi));
+        sequence_work[idx] += tile_work.back();
+        continue;
+      }
+      const int32_t key_tiles = num_key_tiles_of(local, segment, row_hi);
+      const bool few_rows = (row_hi - row) * group_size <= kFewRows;
+      if (few_rows && options.split_keys && key_tiles > kPartKeyTiles) {
+        tile.num_parts = (key_tiles + kPartKeyTiles - 1) / kPartKeyTiles;
+        tile.slot_begin = header.num_slots;
+        header.num_slots =
+            checked_sum(int64_t{header.num_slots} + tile.num_parts, "parts of the plan");
+      }
+      for (; tile.part < tile.num_parts; ++tile.part) {
+        tiles.push_back(tile);
+        const int32_t left = key_tiles - tile.part * kPartKeyTiles;
+        const int64_t visited = tile.num_parts > 1 ? std::min(left, kPartKeyTiles) : key_tiles;
+        tile_work.push_back(visited * (few_rows ? kFewRows : kGpuTileRows));
+        sequence_work[idx] += tile_work.back();
+      }
     }
   }
-  header.num_tiles = static_cast<int32_t>(tiles.size());
+  header.num_tiles = checked_sum(static_cast<int64_t>(tiles.size()), "tiles of the plan");
 
-  const auto by_falling = [](const std::vector<int64_t>& pairs) {
-    std::vector<int32_t> order(pairs.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int32_t a, int32_t b) { return pairs[a] > pairs[b]; });
-    return order;
-  };
-  std::vector<PlanTile> ordered_tiles;
-  ordered_tiles.reserve(tiles.size());
-  for (const int32_t tile : by_falling(tile_pairs)) ordered_tiles.push_back(tiles[tile]);
+  // The twin by keys.
+  std::vector<PlanKeyTile> key_tiles;
+  std::vector<int64_t> key_tile_work;
+  std::vector<KeyInterval> key_segments;
+  std::vector<int32_t> range_ptr{0};
+  std::vector<Segment> ranges;
+  for (int32_t idx = 0; for_gpu && options.page_size == 0 && idx < header.num_sequences; ++idx) {
+    const KeyMajorLayout twin = key_major(*layouts[idx]);
+    sequences[idx].key_segment_begin = static_cast<int32_t>(key_segments.size());
+    sequences[idx].num_key_segments = static_cast<int32_t>(twin.segments.size());
+    int32_t segment = 0;
+    for (int32_t key = 0; key < sequences[idx].num_keys; key += kGpuTileKeys) {
+      const int32_t key_hi = std::min(sequences[idx].num_keys, key + kGpuTileKeys);
+      while (segment < sequences[idx].num_key_segments && twin.segments[segment].hi <= key) {
+        ++segment;
+      }
+      key_tiles.push_back(
+          {.sequence = idx, .key_lo = key, .key_hi = key_hi, .key_segment = segment});
+      key_tile_work.push_back(pairs_of_keys(twin, segment, key, key_hi));
+    }
+    const int32_t base = range_ptr.back();
+    key_segments.insert(key_segments.end(), twin.segments.begin(), twin.segments.end());
+    for (size_t s = 1; s < twin.range_ptr.size(); ++s)
+      range_ptr.push_back(base + twin.range_ptr[s]);
+    ranges.insert(ranges.end(), twin.ranges.begin(), twin.ranges.end());
+  }
+  header.num_key_tiles = static_cast<int32_t>(key_tiles.size());
 
   append(words_, &header, 1);
   header.sequences = append(words_, sequences);
-  header.sequence_order = append(words_, by_falling(sequence_pairs));
-  header.tiles = append(words_, ordered_tiles);
+  header.sequence_order = append(words_, by_falling(sequence_work));
+  header.tiles = append(words_, in_order(tiles, by_falling(tile_work)));
   header.segments = append(words_, segments);
   header.interval_ptr = append(words_, interval_ptr);
   header.intervals = append(words_, intervals);
   header.pages = append(words_, pages);
+  header.key_tiles = append(words_, in_order(key_tiles, by_falling(key_tile_work)));
+  header.key_segments = append(words_, key_segments);
+  header.range_ptr = append(words_, range_ptr);
+  header.ranges = append(words_, ranges);
   header.num_words = checked_sum(static_cast<int64_t>(words_.size()), "words of the plan");
   std::memcpy(words_.data(), &header, sizeof(header));
 }
@@ -197,17 +298,7 @@ PlanView view_plan(const int32_t* words, int64_t num_words) {
   PDIFF_CHECK(
       words != nullptr && num_words >= kHeaderWords && words[0] == kMagic && words[1] == num_words,
       "plan: expected the words of an AttentionPlan");
-  PlanView view;
-  std::memcpy(&view.header, words, sizeof(view.header));
-  const PlanHeader& h = view.header;
-  view.sequences = reinterpret_cast<const PlanSequence*>(words + h.sequences);
-  view.sequence_order = words + h.sequence_order;
-  view.tiles = reinterpret_cast<const PlanTile*>(words + h.tiles);
-  view.segments = reinterpret_cast<const Segment*>(words + h.segments);
-  view.interval_ptr = words + h.interval_ptr;
-  view.intervals = reinterpret_cast<const KeyInterval*>(words + h.intervals);
-  view.pages = words + h.pages;
-  return view;
+  return plan_view_of(words);
 }
 
 }  // namespace pdiff

@@ -18,6 +18,25 @@ struct KeyRun {
   int32_t key_lo, key_hi;
 };
 
+/// A plan's words as pointers; the words hold a plan.
+PDIFF_HD PlanView plan_view_of(const int32_t* words) {
+  PlanView view;
+  const PlanHeader& h = *reinterpret_cast<const PlanHeader*>(words);
+  view.header = h;
+  view.sequences = reinterpret_cast<const PlanSequence*>(words + h.sequences);
+  view.sequence_order = words + h.sequence_order;
+  view.tiles = reinterpret_cast<const PlanTile*>(words + h.tiles);
+  view.segments = reinterpret_cast<const Segment*>(words + h.segments);
+  view.interval_ptr = words + h.interval_ptr;
+  view.intervals = reinterpret_cast<const KeyInterval*>(words + h.intervals);
+  view.pages = words + h.pages;
+  view.key_tiles = reinterpret_cast<const PlanKeyTile*>(words + h.key_tiles);
+  view.key_segments = reinterpret_cast<const KeyInterval*>(words + h.key_segments);
+  view.range_ptr = words + h.range_ptr;
+  view.ranges = reinterpret_cast<const Segment*>(words + h.ranges);
+  return view;
+}
+
 /// The segments of one sequence.
 struct SegmentsView {
   const Segment* segments;

@@ -63,6 +63,13 @@ const cpu::HybridAttentionBackward& backward_kernel([[maybe_unused]] DType dtype
   return cpu::generic::hybrid_attention_backward;
 }
 
+void check_plan(const PlanHeader& plan, DType dtype) {
+  PDIFF_CHECK(plan.schedule == static_cast<int32_t>(Schedule::kCpu),
+              "plan: expected one packed for the CPU, got one for a GPU");
+  PDIFF_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16,
+              "dtype: expected 0 (float32) or 1 (bfloat16), got ", static_cast<int32_t>(dtype));
+}
+
 void check_tensors(const PlanHeader& plan, const void* q, const void* k, const void* v,
                    const void* out) {
   PDIFF_CHECK(plan.total_q == 0 || (q != nullptr && out != nullptr),
@@ -82,6 +89,7 @@ int heads_per_task(const PlanHeader& plan, const PlanSequence& sequence) {
 
 void hybrid_attention(const HybridAttentionParams& params) {
   const PlanHeader& plan = params.plan.header;
+  check_plan(plan, params.dtype);
   check_tensors(plan, params.q, params.k, params.v, params.out);
   PDIFF_CHECK(params.softmax_scale >= 0.0f, "softmax_scale: expected >= 0, got ",
               params.softmax_scale);
@@ -96,6 +104,7 @@ void hybrid_attention(const HybridAttentionParams& params) {
 
 void hybrid_attention_backward(const HybridAttentionBackwardParams& params) {
   const PlanHeader& plan = params.plan.header;
+  check_plan(plan, params.dtype);
   PDIFF_CHECK(plan.page_size == 0, "plan: expected packed keys, got a page table");
   check_tensors(plan, params.q, params.k, params.v, params.out);
   check_tensors(plan, params.dout, params.dk, params.dv, params.dq);

@@ -4,6 +4,9 @@ and argument checks that name the argument, what was expected and what came.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import TypeAlias
@@ -11,12 +14,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pdiff_runtime import _C
+
 library = torch.library.Library("pdiff", "DEF")
 """Ops are added with `library.define`, `library.impl` and `torch.library.register_*`."""
 
 
 class Impl(StrEnum):
-    """How an op is executed. `AUTO` takes the device's kernel and never the reference."""
+    """How an op is executed.
+
+    `AUTO` takes the device's own kernel, on a GPU Triton's where that one does not fit, and never
+    the reference.
+    """
 
     AUTO = "auto"
     CPU = "cpu"
@@ -25,17 +34,27 @@ class Impl(StrEnum):
     REFERENCE = "reference"
 
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`pdiff::DType` by torch dtype."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ELEMENT_TYPES = {
+    Impl.CPU: (torch.float32, torch.bfloat16),
+    Impl.CUDA: _FLOATS,
+    Impl.TRITON: _FLOATS,
+    Impl.REFERENCE: _FLOATS,
+}
+"""What tensors of logits, and of q, k and v of row kernels, may hold."""
 
 Size: TypeAlias = int | str | None
 """An exact size, or any size: a name is shown in messages, None is shown as `*`."""
 
 
-def select_impl(
-    impl: Impl | str, device: torch.device, available: Sequence[Impl] = (Impl.CPU, Impl.REFERENCE)
-) -> Impl:
+def select_impl(impl: Impl | str, device: torch.device, *, cuda_refuses: str = "") -> Impl:
     """The implementation that runs, for tensors on `device`.
+
+    Args:
+        cuda_refuses: Why the CUDA kernel does not take these arguments: `AUTO` then goes to Triton.
 
     Raises:
         ValueError: The name is unknown, or this build has no such kernel for the device.
@@ -48,12 +67,48 @@ def select_impl(
         names = ", ".join(Impl)
         raise ValueError(f"impl: expected one of {names}, got {impl!r}") from None
     if choice is Impl.AUTO:
-        choice = Impl(device.type) if device.type in ("cpu", "cuda") else Impl.AUTO
-    fits = choice in (Impl.REFERENCE, Impl.TRITON) or choice == device.type
-    if choice not in available or not fits:
-        names = ", ".join(available)
-        raise ValueError(f"impl: {impl!s} is not available on {device}; this build has {names}")
-    return choice
+        choices = (Impl.CPU,) if device.type == "cpu" else (Impl.CUDA, Impl.TRITON)
+    else:
+        choices = (choice,)
+    reasons = []
+    for choice in choices:
+        reason = _why_not(choice, device) or (cuda_refuses if choice is Impl.CUDA else "")
+        if not reason:
+            return choice
+        reasons.append(f"{choice} is not available on {device}: {reason}")
+    raise ValueError("impl: " + "; ".join(reasons))
+
+
+def _why_not(impl: Impl, device: torch.device) -> str:
+    """Empty if tensors on `device` can be given to `impl`."""
+    if impl is Impl.REFERENCE:
+        return ""
+    if impl is Impl.CPU:
+        return "" if device.type == "cpu" else "it takes tensors on cpu"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    if impl is Impl.CUDA:
+        if not _C.built_with_cuda:
+            return "built without CUDA"
+        emulated = _C.emulates_cuda and device.type == "cpu"
+        return "" if emulated or device.type == "cuda" else "it takes tensors on cuda"
+    if not _has_triton():
+        return "triton is not installed"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if interpreted or device.type == "cuda" else "it takes tensors on cuda"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def cuda_stream(device: torch.device) -> tuple[int, int]:
+    """Device index and handle of the current stream, for the binding; (0, 0) when emulated."""
+    if device.type == "cpu":
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
 def check_tensor(

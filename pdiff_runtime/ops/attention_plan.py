@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime import _C
-from pdiff_runtime.ops._library import check_tensor, pointer
+from pdiff_runtime.ops._library import Impl, check_tensor, pointer, select_impl
 
 
 class Layout(Protocol):
@@ -40,6 +40,8 @@ class AttentionPlan:
         head_dim: int,
         page_table: Tensor | None,
         page_size: int | None,
+        impl: Impl,
+        device: torch.device,
     ) -> None:
         self.layouts = layouts
         self.num_heads_q = num_heads_q
@@ -49,7 +51,13 @@ class AttentionPlan:
         self.page_size = page_size
         self.total_q = handle.total_q
         self.total_kv = handle.total_kv
-        self.words = torch.frombuffer(handle, dtype=torch.int32)
+        self.impl = impl
+        """Whose schedule of tiles it holds."""
+        self.num_tiles = handle.num_tiles
+        self.num_slots = handle.num_slots
+        """Partial results that the parts of tiles with shared-out keys leave, per KV head."""
+        self.num_key_tiles = handle.num_key_tiles
+        self.words = torch.frombuffer(handle, dtype=torch.int32).to(device, non_blocking=True)
         """The plan as data, int32: what compiled graphs carry and kernels read."""
         self.address = self.words.data_ptr()
         self.num_words = self.words.numel()
@@ -66,6 +74,8 @@ class AttentionPlan:
         device: torch.device | str = "cpu",
         page_table: Tensor | None = None,
         page_size: int | None = None,
+        split_keys: bool = True,
+        impl: Impl | str = Impl.AUTO,
     ) -> Self:
         """Plan attention over a batch of sequences.
 
@@ -79,12 +89,17 @@ class AttentionPlan:
             page_table: ``[batch, max_pages]`` int32 on the CPU, -1 past the end; None for packed
                 keys.
             page_size: Tokens per page.
+            split_keys: On a GPU, let several blocks share the keys of a tile with few rows and many
+                keys. Off, every row sums in the same order whatever the rows beside it, so that its
+                bits do not depend on how a sequence is split over calls either.
+            impl: The implementation that will run the plan: it decides how large tiles are.
 
         Raises:
-            ValueError: An argument is out of range, or the page table lacks a page.
+            ValueError: An argument is out of range, the page table lacks a page, or the
+                implementation is not available on the device.
         """
-        if torch.device(device).type != "cpu":
-            raise ValueError(f"device: expected cpu, got {device}")
+        device = torch.device(device)
+        choice = select_impl(impl, device)
         if (page_table is None) != (page_size is None):
             raise ValueError(
                 "page_table, page_size: expected both or neither, "
@@ -105,11 +120,14 @@ class AttentionPlan:
             pointer(page_table),
             max_pages,
             page_size or 0,
+            choice in (Impl.CUDA, Impl.TRITON),
+            split_keys,
             torch.get_num_threads(),
         )
         return cls(
-            handle, tuple(layouts), num_heads_q, num_heads_kv, head_dim, page_table, page_size
-        )
+            handle, tuple(layouts), num_heads_q, num_heads_kv, head_dim, page_table, page_size,
+            choice, device,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return (

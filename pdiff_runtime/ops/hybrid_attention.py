@@ -12,6 +12,8 @@ from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import DTYPE_CODES, Impl, library, pointer, select_impl
 from pdiff_runtime.ops.attention_plan import AttentionPlan
 
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
 
 @overload
 def hybrid_attention(
@@ -75,29 +77,49 @@ def hybrid_attention(
     if softmax_scale is None:
         softmax_scale = plan.head_dim**-0.5
     lse: Tensor | None
-    if impl is not Impl.AUTO and select_impl(impl, q.device) is Impl.REFERENCE:
+    choice = _select(impl, q, plan)
+    if choice is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
     elif torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     ):
-        out, lse = torch.ops.pdiff.hybrid_attention(q, k, v, plan.words, softmax_scale)
+        out, lse = torch.ops.pdiff.hybrid_attention(
+            q, k, v, plan.words, plan.num_slots, softmax_scale, choice
+        )
     else:
         lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
-        out = _forward(q, k, v, plan.address, plan.num_words, softmax_scale, lse)
+        words = (plan.address, plan.num_words)
+        out = _forward(q, k, v, words, plan.num_slots, softmax_scale, lse, choice)
     return (out, lse) if lse is not None and return_lse else out
+
+
+def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
+    """The implementation that runs: by default the one that the plan was packed for."""
+    if impl is Impl.AUTO and plan.impl is Impl.CPU:  # spared the checks on every call
+        return Impl.CPU
+    choice = select_impl(plan.impl if impl is Impl.AUTO else impl, q.device)
+    if choice is Impl.REFERENCE or plan.impl is Impl.REFERENCE:
+        return Impl.REFERENCE
+    if (choice is Impl.CPU) != (plan.impl is Impl.CPU):
+        raise ValueError(f"plan: expected one packed for {choice}, got one for {plan.impl}")
+    return choice
 
 
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan_address: int,
-    plan_words: int,
+    plan: tuple[int, int],
+    num_slots: int,
     softmax_scale: float,
     lse: Tensor | None,
+    impl: Impl,
 ) -> Tensor:
+    """`plan` is the address and number of the plan's words."""
+    if impl is not Impl.CPU:
+        raise NotImplementedError(impl)
     dtype = q.dtype
-    if not (k.dtype is dtype and v.dtype is dtype and dtype in DTYPE_CODES):
+    if not (k.dtype is dtype and v.dtype is dtype and dtype in _CPU_DTYPES):
         raise ValueError(
             "q, k, v: expected float32 or bfloat16, all the same, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -108,8 +130,7 @@ def _forward(
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.hybrid_attention(
-        plan_address,
-        plan_words,
+        *plan,
         DTYPE_CODES[dtype],
         q.data_ptr(),
         q.shape,
@@ -129,20 +150,21 @@ def _forward(
 
 
 library.define(
-    "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor plan, float softmax_scale)"
-    " -> (Tensor, Tensor)"
+    "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor plan, SymInt num_slots,"
+    " float softmax_scale, str impl) -> (Tensor, Tensor)"
 )
 library.define(
     "hybrid_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, Tensor plan, float softmax_scale) -> (Tensor, Tensor, Tensor)"
+    " Tensor lse, Tensor plan, float softmax_scale, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_slots: int, softmax_scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
-    return _forward(q, k, v, plan.data_ptr(), plan.numel(), softmax_scale, lse), lse
+    words = (plan.data_ptr(), plan.numel())
+    return _forward(q, k, v, words, num_slots, softmax_scale, lse, Impl(impl)), lse
 
 
 def _backward_op(
@@ -155,7 +177,10 @@ def _backward_op(
     lse: Tensor,
     plan: Tensor,
     softmax_scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if impl != Impl.CPU:
+        raise NotImplementedError(impl)
     dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -186,7 +211,7 @@ def _backward_op(
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_slots: int, softmax_scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -201,16 +226,17 @@ def _backward_fake(
     lse: Tensor,
     plan: Tensor,
     softmax_scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(
     ctx: Any,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, float, str],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    q, k, v, plan, ctx.softmax_scale = inputs
+    q, k, v, plan, _, ctx.softmax_scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, v, *output, plan)
     ctx.set_materialize_grads(False)
 
@@ -222,9 +248,9 @@ def _backward(
     if dout is None:
         dout = torch.zeros_like(out)
     gradients = torch.ops.pdiff.hybrid_attention_backward(
-        dout, dlse, q, k, v, out, lse, plan, ctx.softmax_scale
+        dout, dlse, q, k, v, out, lse, plan, ctx.softmax_scale, ctx.impl
     )
-    return *gradients, None, None
+    return *gradients, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor | None) -> NoReturn:

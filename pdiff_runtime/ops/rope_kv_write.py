@@ -9,6 +9,7 @@ from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
     DTYPE_CODES,
+    ELEMENT_TYPES,
     Impl,
     check_no_grad,
     check_tensor,
@@ -72,7 +73,7 @@ def _run(
     device = q.device
     choice = select_impl(impl, device)
     check_no_grad("rope_kv_write_", q=q, k=k, v=v)
-    _check_rows("q", q, tuple(DTYPE_CODES), ("rows", "num_heads_q", "head_dim"), device)
+    _check_rows("q", q, ELEMENT_TYPES[choice], ("rows", "num_heads_q", "head_dim"), device)
     rows, num_heads_q, head_dim = q.shape
     _check_rows("k", k, q.dtype, (rows, "num_heads_kv", head_dim), device)
     num_heads_kv = k.shape[1]

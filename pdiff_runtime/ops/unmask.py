@@ -158,7 +158,12 @@ def _run(
     choice = select_impl(impl, device)
     check_no_grad("unmask_", logits=logits)
     check_tensor(
-        "logits", logits, tuple(DTYPE_CODES), ("num_rows", "vocab_size"), device, contiguous=False
+        "logits",
+        logits,
+        (torch.float32, torch.bfloat16),
+        ("num_rows", "vocab_size"),
+        device,
+        contiguous=False,
     )
     num_rows, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(1) != 1:

@@ -11,6 +11,7 @@ from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
     DTYPE_CODES,
+    ELEMENT_TYPES,
     Impl,
     check_tensor,
     library,
@@ -95,7 +96,12 @@ def _run(
     device = logits.device
     choice = select_impl(impl, device)
     check_tensor(
-        "logits", logits, tuple(DTYPE_CODES), ("rows", "vocab_size"), device, contiguous=False
+        "logits",
+        logits,
+        ELEMENT_TYPES[choice],
+        ("rows", "vocab_size"),
+        device,
+        contiguous=False,
     )
     rows, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(1) != 1:

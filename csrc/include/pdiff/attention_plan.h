@@ -14,22 +14,42 @@ struct PlanSequence {
   int32_t key_begin, num_keys;
   int32_t segment_begin, num_segments;
   int32_t page_begin;  // its pages: [page_begin, page_begin + ceil(num_keys / page_size))
+  int32_t key_segment_begin, num_key_segments;
 };
 
-/// Rows [row_lo, row_hi) of one sequence; the first segment that reaches into them.
+/// Rows [row_lo, row_hi) of one sequence; the first segment that reaches into them. A tile whose
+/// keys are shared out is listed once per part: part p visits the key tiles [p, p + 1) *
+/// kPartKeyTiles of its walk, and leaves its partial result in slot slot_begin + p.
 struct PlanTile {
   int32_t sequence, row_lo, row_hi, segment;
+  int32_t part, num_parts, slot_begin;
 };
+
+/// Keys [key_lo, key_hi) of one sequence; the first key segment that reaches into them.
+struct PlanKeyTile {
+  int32_t sequence, key_lo, key_hi, key_segment;
+};
+
+/// Who walks the tiles decides how large they are.
+enum class Schedule : int32_t { kCpu = 0, kGpu = 1 };
+
+/// Of the GPU schedule. A tile's rows are tokens with all heads of a group: `kGpuTileRows` of them
+/// at most, or one token; a tile with at most kFewRows is bound by reading its keys, which is
+/// shared out when there are many.
+inline constexpr int32_t kGpuTileRows = 128, kGpuTileKeys = 64;
+inline constexpr int32_t kFewRows = 16, kPartKeyTiles = 8;
 
 /// The first words of a plan. Offsets count int32 words from the plan's start.
 struct PlanHeader {
   int32_t magic, num_words;
   int32_t num_sequences, total_q, total_kv;
   int32_t num_heads_q, num_heads_kv, head_dim;
+  int32_t schedule;   // Schedule
   int32_t tile_rows;  // rows of a tile; a tile row is one token with all heads of a group
-  int32_t num_tiles;
+  int32_t num_tiles, num_slots, num_key_tiles;
   int32_t page_size, num_pages;  // 0 when packed; else every page id is below num_pages
   int32_t sequences, sequence_order, tiles, segments, interval_ptr, intervals, pages;  // offsets
+  int32_t key_tiles, key_segments, range_ptr, ranges;                                  // offsets
 };
 
 /// A plan as kernels see it: pointers into one block of words, here or in device memory.
@@ -37,16 +57,24 @@ struct PlanView {
   PlanHeader header;
   const PlanSequence* sequences;  // [num_sequences]
   const int32_t* sequence_order;  // [num_sequences], most visible pairs first
-  const PlanTile* tiles;          // [num_tiles], most visible pairs first
+  const PlanTile* tiles;          // [num_tiles], most work first
   const Segment* segments;        // all sequences, one after another
   const int32_t* interval_ptr;    // [num_segments + 1], over all sequences
   const KeyInterval* intervals;
   const int32_t* pages;  // page ids of all sequences, one after another
+
+  // The same relation by keys (KeyMajorLayout), for the backward on a GPU: packed keys only.
+  const PlanKeyTile* key_tiles;     // [num_key_tiles], most work first
+  const KeyInterval* key_segments;  // all sequences, one after another
+  const int32_t* range_ptr;         // [num_key_segments + 1], over all sequences
+  const Segment* ranges;
 };
 
 struct AttentionPlanOptions {
   int32_t num_heads_q = 0, num_heads_kv = 0, head_dim = 0;
-  int32_t tile_rows = 0;                // 0: what suits the CPU kernels and
+  Schedule schedule = Schedule::kCpu;
+  bool split_keys = true;               // GPU: share out the keys of tiles with few rows
+  int32_t tile_rows = 0;                // 0: what suits the schedule and, on a CPU,
   int32_t num_threads = 1;              // this many threads; no result depends on it
   int32_t page_size = 0;                // 0: packed keys and values
   const int32_t* page_table = nullptr;  // [num_sequences, max_pages], -1 past the end
@@ -56,6 +84,7 @@ struct AttentionPlanOptions {
 /// The masks of a batch and the schedule of its tiles, in one block of int32 words that can be
 /// copied as it is: to a device, or through a compiled graph as a tensor.
 /// Tiling    a sequence's tiles start at its first row; how large they are changes no result.
+/// Splitting whether and where a tile's keys are shared out depends on its sequence alone.
 /// Order     tiles and sequences are listed by falling work; kernels may take them in any order.
 class AttentionPlan {
  public:

@@ -1,0 +1,38 @@
+"""The implementations of this build, each with the device its tensors live on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from pdiff_runtime.ops import Impl
+from pdiff_runtime.ops._library import select_impl
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation on one device: what a test or bench is run over."""
+
+    impl: Impl
+
+    def __str__(self) -> str:
+        return str(self.impl)
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU where there is one; else the CPU, where GPU kernels are emulated or interpreted."""
+        on_gpu = self.impl in (Impl.CUDA, Impl.TRITON) and torch.cuda.is_available()
+        return torch.device("cuda" if on_gpu else "cpu")
+
+    @property
+    def missing(self) -> str:
+        """Why it can not run here; empty if it can."""
+        try:
+            select_impl(self.impl, self.device)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+BACKENDS = tuple(Backend(impl) for impl in (Impl.CPU, Impl.CUDA, Impl.TRITON))
