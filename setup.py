@@ -63,7 +63,7 @@ class CMakeBuild(build_ext):
 
         # What a live CMake cache can not change goes into the folder's name.
         key = [nvcc, with_cuda, build_type, architectures]
-        key += [os.environ.get(name) for name in ("CC", "CXX", "CUDAHOSTCXX")]
+        key += [os.environ.get(name) for name in ("CC", "CXX", "CUDAHOSTCXX", "PDIFF_CMAKE_ARGS")]
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
         build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}-{digest}"
         build_dir.mkdir(parents=True, exist_ok=True)

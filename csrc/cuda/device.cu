@@ -1,5 +1,4 @@
-#include <cuda_runtime.h>
-
+#include "cuda/common/launch.h"
 #include "pdiff/device.h"
 #include "pdiff/error.h"
 
@@ -20,21 +19,6 @@ cudaError_t count_devices(int* count) {
   }
   return status;
 }
-
-// Puts the caller's current device back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device_idx) {
-    (void)cudaGetDevice(&previous_);
-    (void)cudaSetDevice(device_idx);
-  }
-  ~DeviceGuard() { (void)cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 }  // namespace
 
@@ -68,17 +52,19 @@ CudaDevice cuda_device(int device_idx) {
 
 bool cuda_can_launch(int device_idx) {
   if (device_idx < 0 || device_idx >= cuda_device_count()) return false;
-  const DeviceGuard guard(device_idx);
+  const cuda::DeviceGuard guard(device_idx);
   int* answer = nullptr;
   if (cudaMalloc(&answer, sizeof(int)) != cudaSuccess) {
     (void)cudaGetLastError();
     return false;
   }
-  probe_kernel<<<1, 1>>>(answer);
   int result = 0;
-  cudaError_t status = cudaGetLastError();  // no image for this device shows up here
-  if (status == cudaSuccess)
+  cudaError_t status = cudaErrorUnknown;
+  try {
+    cuda::launch(probe_kernel, {"probe", 1, 1}, {device_idx, nullptr}, answer);
     status = cudaMemcpy(&result, answer, sizeof(int), cudaMemcpyDeviceToHost);
+  } catch (const Error&) {  // no image for this device
+  }
   (void)cudaFree(answer);
   (void)cudaGetLastError();
   return status == cudaSuccess && result == kProbeAnswer;

@@ -14,6 +14,12 @@ struct CudaDevice {
   int64_t memory_bytes;
 };
 
+/// Where a kernel is put. The call returns at once; what goes wrong on the device shows up later.
+struct CudaQueue {
+  int device_idx = 0;
+  void* stream = nullptr;  // cudaStream_t
+};
+
 bool built_with_cuda();
 int cuda_device_count();
 const char* cuda_unavailable_reason();   // "" when a device can be used

@@ -1,0 +1,61 @@
+#pragma once
+
+// A CUDA machine on the CPU, to run kernels where there is no GPU: for tests, not for speed.
+//
+// Every thread of a block is a fiber. A fiber runs until it must wait: for the other lanes of its
+// warp, for a barrier, for a copy. Blocks are resident a few at a time, and which warp runs next is
+// drawn at random, so that a missing barrier shows. What a kernel may not count on is made bad:
+// shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for, and a wait
+// that nothing can end is an error.
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace pdiff::emulation {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+/// Runs one grid. Throws pdiff::Error on a deadlock, on diverged lanes, on a misaligned address.
+void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>& body);
+
+/// Of the thread that runs.
+Dim thread_idx();
+Dim block_idx();
+Dim block_dim();
+Dim grid_dim();
+int lane();
+unsigned char* shared_memory();
+int64_t shared_memory_bytes();
+
+/// Ends the run with an error that names the thread.
+[[noreturn]] void fail(const char* message);
+
+/// Lets other threads run, then returns; `what` is waited for, to be told on a deadlock. A wait is
+/// a loop: while (!condition) wait("...").
+void wait(const char* what);
+void made_progress();  // something that others may wait for has changed
+
+/// Hands `mine` to the other lanes of `mask`, waits until all of them have come, and lets the last
+/// run `operation` on everyone's (null for lanes that are not in the mask).
+using LaneData = void* const (&)[32];
+void together(uint32_t mask, const char* what, void* mine,
+              const std::function<void(LaneData)>& operation);
+
+/// Barrier `idx` of the block; `num_threads` of them must come.
+void barrier(int idx, int num_threads, bool waits);
+
+void copy_async(void* shared, const void* global, int num_bytes, bool valid);
+void copy_async_commit();
+void copy_async_wait(int num_groups);
+
+/// Shared memory accesses that collide in a bank; summed over all runs until it is reset.
+struct Statistics {
+  int64_t matrix_loads = 0, matrix_load_conflicts = 0;
+};
+Statistics& statistics();
+
+}  // namespace pdiff::emulation
