@@ -13,6 +13,8 @@
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/tensor_copy.cuh"
+#include "cuda/ptx/warpgroup.cuh"
 
 namespace {
 
@@ -102,6 +104,92 @@ TEST(a_copy_is_not_there_before_it_is_waited_for) {
   CHECK_EQ(out[5], 20);
   launch(unwaited_kernel, {"copy", 1, 32, 512}, {}, from.data(), out.data(), false);
   CHECK_EQ(out[5], -1);
+}
+
+// out[64 x 128] <- (a[64 x 64] @ b[128 x 64]^T, rounded) @ c[128 x 128], by the copy engine and a
+// warpgroup; the first product's columns 0 to 15, 16 to 31, ... are the second one's steps.
+__global__ void warpgroup_kernel(const TensorMap map_a, const TensorMap map_b,
+                                 const TensorMap map_c, float* out, bool waits) {
+  unsigned char *a = shared_memory(), *b = a + 64 * 128, *c = b + 128 * 128;
+  auto& barrier = *reinterpret_cast<CopyBarrier*>(c + 2 * 128 * 128);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    barrier.init(1);
+    fence_barriers();
+  }
+  __syncthreads();
+  if (thread == 0) {
+    barrier.arrive_and_expect((64 + 128 + 2 * 128) * 128);
+    copy_box(a, map_a, barrier, 0, 0, 0);
+    copy_box(b, map_b, barrier, 0, 0, 0);
+    copy_box(c, map_c, barrier, 0, 0, 0);
+    copy_box(c + 128 * 128, map_c, barrier, 64, 0, 0);
+  }
+  barrier.wait(0);
+  float s[64], d[64];
+  products_begin();
+  for (int step = 0; step < 4; ++step) {
+    multiply_panels<bfloat16, 128>(s, describe_panels(a, 64 * 128) + 2 * step,
+                                   describe_panels(b, 128 * 128) + 2 * step, step > 0);
+  }
+  products_commit();
+  if (waits) products_wait<0>();
+  for (int step = 0; step < 8; ++step) {
+    uint32_t p[4];
+    for (int i = 0; i < 4; ++i)
+      p[i] = pack2<bfloat16>(s[8 * step + 2 * i], s[8 * step + 2 * i + 1]);
+    multiply_fragment<bfloat16, 128>(d, p, describe_panels(c, 128 * 128) + 128 * step, step > 0);
+  }
+  products_commit();
+  products_wait<0>();
+  for (int i = 0; i < 64; ++i) {
+    const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8;
+    out[row * 128 + i / 4 * 8 + thread % 4 * 2 + i % 2] = d[i];
+  }
+}
+
+TEST(warpgroups_multiply_what_the_copy_engine_brings) {
+  const auto random = [](int size, int step) {
+    std::vector<uint16_t> x(size);
+    for (int i = 0; i < size; ++i) {
+      x[i] = round_to<bfloat16>(static_cast<float>(i * step % 23 - 11) / 4);
+    }
+    return x;
+  };
+  alignas(16) static uint16_t a[64 * 64], b[128 * 64], c[128 * 128];
+  const auto fill = [](uint16_t* to, const std::vector<uint16_t>& from) {
+    std::memcpy(to, from.data(), from.size() * 2);
+  };
+  fill(a, random(64 * 64, 37)), fill(b, random(128 * 64, 29)), fill(c, random(128 * 128, 31));
+  const TensorMap map_a =
+      make_tensor_map(a, pdiff::DType::kBFloat16, {64, 64, 1}, {64, 64}, {64, 1});
+  const TensorMap map_b =
+      make_tensor_map(b, pdiff::DType::kBFloat16, {64, 128, 1}, {64, 64}, {128, 1});
+  const TensorMap map_c =
+      make_tensor_map(c, pdiff::DType::kBFloat16, {128, 128, 1}, {128, 128}, {128, 1});
+  const pdiff::cuda::LaunchShape shape{"warpgroup", 1, 128, (64 + 128 + 2 * 128) * 128 + 8};
+  std::vector<float> out(64 * 128, NAN);
+  launch(warpgroup_kernel, shape, {}, map_a, map_b, map_c, out.data(), true);
+  double worst = 0.0;
+  for (int row = 0; row < 64; ++row) {
+    float s[128];
+    for (int j = 0; j < 128; ++j) {
+      float sum = 0.0f;
+      for (int k = 0; k < 64; ++k) {
+        sum += widen<bfloat16>(a[row * 64 + k]) * widen<bfloat16>(b[j * 64 + k]);
+      }
+      s[j] = widen<bfloat16>(round_to<bfloat16>(sum));
+    }
+    for (int column = 0; column < 128; ++column) {
+      double sum = 0.0;
+      for (int j = 0; j < 128; ++j) sum += double{s[j]} * widen<bfloat16>(c[j * 128 + column]);
+      const double error = std::fabs(sum - out[row * 128 + column]);
+      worst = error >= worst ? error : error != error ? 1e9 : worst;
+    }
+  }
+  CHECK(worst < 0.1);
+  launch(warpgroup_kernel, shape, {}, map_a, map_b, map_c, out.data(), false);
+  CHECK(out[0] != out[0]);  // read before it was waited for
 }
 
 __global__ void diverged_kernel(bool half) {

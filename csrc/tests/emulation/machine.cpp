@@ -2,13 +2,16 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <sstream>
 #include <string>
+#include <typeindex>
 
 #include "pdiff/error.h"
 
@@ -64,6 +67,15 @@ struct Meeting {  // of the lanes of a mask
   bool* released[kWarpSize];
 };
 
+constexpr int kWarpgroupSize = 128;
+
+struct GroupMeeting {  // of a warpgroup
+  const char* what = nullptr;
+  int num_arrived = 0;
+  void* data[kWarpgroupSize] = {};
+  bool* released[kWarpgroupSize] = {};
+};
+
 struct Barrier {
   int arrived = 0;
   int64_t generation = 0;
@@ -77,6 +89,8 @@ struct Block {
   Dim idx;
   unsigned char* shared = nullptr;
   std::vector<Warp> warps;
+  std::vector<GroupMeeting> group_meetings;
+  std::vector<std::function<void()>> deferred;
   Barrier barriers[kNumBarriers];
   int num_running = 0;
 
@@ -93,6 +107,7 @@ struct Fiber {
   const char* waits_for = "";
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<Copy> open_copies;
+  std::map<std::type_index, std::any> states;
 };
 
 struct Machine {
@@ -183,6 +198,7 @@ std::unique_ptr<Block> make_block(unsigned idx, std::vector<std::unique_ptr<Fibe
   block->shared = static_cast<unsigned char*>(shared);
   const int num_threads = static_cast<int>(machine->block.x);
   block->warps.resize((num_threads + kWarpSize - 1) / kWarpSize);
+  block->group_meetings.resize((num_threads + kWarpgroupSize - 1) / kWarpgroupSize);
   block->num_running = num_threads;
   for (int thread = 0; thread < num_threads; ++thread) {
     auto fiber = std::make_unique<Fiber>();
@@ -216,6 +232,10 @@ void run_blocks(std::mt19937& random) {
         ++i;
         continue;
       }
+      if (!blocks[i]->deferred.empty()) {
+        machine->error = "kernel: a block ends before its copies do";
+        break;
+      }
       for (const auto& fiber : fibers[i]) free_stacks.push_back(fiber->stack_memory);
       fibers.erase(fibers.begin() + static_cast<std::ptrdiff_t>(i));
       blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
@@ -224,9 +244,24 @@ void run_blocks(std::mt19937& random) {
       fibers.emplace_back();
       blocks.push_back(make_block(next_block++, fibers.back()));
     }
-    if (blocks.empty()) return;
+    if (blocks.empty() || !machine->error.empty()) break;
 
     const int64_t before = machine->progress;
+    for (const auto& block : blocks) {
+      std::vector<std::function<void()>> due;
+      for (size_t i = 0; i < block->deferred.size();) {
+        if (idle_passes == 0 && random() % 2 == 0) {
+          ++i;
+          continue;
+        }
+        due.push_back(std::move(block->deferred[i]));
+        block->deferred.erase(block->deferred.begin() + static_cast<std::ptrdiff_t>(i));
+      }
+      for (const auto& operation : due) {
+        operation();
+        ++machine->progress;
+      }
+    }
     std::vector<std::pair<size_t, size_t>> warps;
     for (size_t b = 0; b < blocks.size(); ++b) {
       for (size_t w = 0; w < blocks[b]->warps.size(); ++w) warps.emplace_back(b, w);
@@ -298,6 +333,8 @@ int lane() { return machine->fiber->thread % kWarpSize; }
 unsigned char* shared_memory() { return machine->fiber->block->shared; }
 int64_t shared_memory_bytes() { return machine->shared_bytes; }
 
+std::any& thread_state(const std::type_info& type) { return machine->fiber->states[type]; }
+
 void fail(const char* message) {
   if (machine->error.empty()) {
     machine->error = "kernel: " + describe(*machine->fiber) + ": " + message;
@@ -339,6 +376,33 @@ void together(uint32_t mask, const char* what, void* mine,
     return;
   }
   while (!released) wait(what);
+}
+
+void together_in_warpgroup(const char* what, void* mine,
+                           const std::function<void(GroupData)>& operation) {
+  Fiber& fiber = *machine->fiber;
+  const int me = fiber.thread % kWarpgroupSize;
+  GroupMeeting& meeting = fiber.block->group_meetings[fiber.thread / kWarpgroupSize];
+  if (meeting.num_arrived > 0 && std::strcmp(meeting.what, what) != 0) {
+    fail("meets threads of its warpgroup that are at another instruction");
+  }
+  bool released = false;
+  meeting.what = what;
+  meeting.data[me] = mine;
+  meeting.released[me] = &released;
+  if (++meeting.num_arrived == kWarpgroupSize) {
+    const GroupMeeting whole = meeting;
+    meeting = {};
+    operation(whole.data);
+    for (bool* other : whole.released) *other = true;
+    made_progress();
+    return;
+  }
+  while (!released) wait(what);
+}
+
+void defer(std::function<void()> operation) {
+  machine->fiber->block->deferred.push_back(std::move(operation));
 }
 
 void barrier(int idx, int num_threads, bool waits) {

@@ -8,9 +8,11 @@
 // shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for, and a wait
 // that nothing can end is an error.
 
+#include <any>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <typeinfo>
 #include <vector>
 
 namespace pdiff::emulation {
@@ -31,6 +33,15 @@ int lane();
 unsigned char* shared_memory();
 int64_t shared_memory_bytes();
 
+/// One object of each type for the thread that runs, made when it is first asked for.
+std::any& thread_state(const std::type_info& type);
+template <typename T>
+T& thread_local_state() {
+  std::any& state = thread_state(typeid(T));
+  if (!state.has_value()) state = T{};
+  return *std::any_cast<T>(&state);
+}
+
 /// Ends the run with an error that names the thread.
 [[noreturn]] void fail(const char* message);
 
@@ -44,6 +55,15 @@ void made_progress();  // something that others may wait for has changed
 using LaneData = void* const (&)[32];
 void together(uint32_t mask, const char* what, void* mine,
               const std::function<void(LaneData)>& operation);
+
+/// The same for the 128 threads of a warpgroup, in the order of threads.
+using GroupData = void* const (&)[128];
+void together_in_warpgroup(const char* what, void* mine,
+                           const std::function<void(GroupData)>& operation);
+
+/// Runs later, at a time drawn at random, but before the block ends: what an engine beside the
+/// threads does.
+void defer(std::function<void()> operation);
 
 /// Barrier `idx` of the block; `num_threads` of them must come.
 void barrier(int idx, int num_threads, bool waits);
