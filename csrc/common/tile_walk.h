@@ -125,6 +125,18 @@ PDIFF_HD void visible_in_run(const SegmentsView& view, int32_t segment, int32_t 
   }
 }
 
+/// How many keys of the run one row sees, from the run's first key on. `segment` is the first that
+/// may hold the row.
+PDIFF_HD int32_t visible_to_row(const SegmentsView& view, int32_t segment, int32_t row,
+                                const KeyRun& run) {
+  const int32_t s = find_segment(view, segment, view.num_segments, row);
+  if (s == view.num_segments || view.segments[s].q_lo > row) return 0;
+  const int32_t interval = find_interval(view, s, run.key_lo);
+  if (interval == view.interval_ptr[s + 1] || view.intervals[interval].lo != run.key_lo) return 0;
+  const int32_t end = interval_end(view, s, interval, row);
+  return end > run.key_lo ? end - run.key_lo : 0;
+}
+
 /// Number of (row, key) pairs that rows [row_lo, row_hi) see.
 PDIFF_HD int64_t visible_pairs(const SegmentsView& view, int32_t segment, int32_t row_lo,
                                int32_t row_hi) {
