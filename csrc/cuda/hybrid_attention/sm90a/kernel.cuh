@@ -1,0 +1,464 @@
+#pragma once
+
+// Hybrid attention on Hopper: one warpgroup brings tiles to shared memory, two multiply.
+//
+// A block takes tiles of 128 packed rows (a token with all heads of a group is group_size rows)
+// until none is left. The first warp of the producer warpgroup walks a tile's runs of keys, asks
+// the copy engine for q, k and v, and tells the consumers with each key tile where they are: which
+// tile, and which of its columns each row sees. Its second warp follows, and clears rows of v that
+// are not in the run: a row's weight for such a key is 0, but 0 * NaN is not. A consumer warpgroup
+// has 64 rows. While its tensor cores add p @ v of one key tile, it works on the scores of the
+// next:
+//
+//   s <- q @ k^T,  m' <- max(m, row_max s),  p <- exp2((s - m') c),  l <- l exp2((m - m') c) + sum
+//   p out <- out exp2((m - m') c) + p @ v           c = softmax_scale * log2(e)
+
+#include <cuda_runtime.h>
+
+#include "common/tile_walk.h"
+#include "cuda/common/warp.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/tensor_copy.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+
+namespace pdiff::cuda::sm90a {
+
+struct Params {
+  const int32_t* plan;  // words, on the device
+  int32_t* ticket;      // 0 before the launch
+  void* out;            // [total_q, num_heads_q, head_dim]
+  float* lse;           // [num_heads_q, total_q]; may be null
+  float score_scale;    // softmax_scale * log2(e), positive
+};
+
+inline constexpr int kRows = kGpuTileRows, kKeys = 128, kBoxKeys = 64, kStages = 2;
+inline constexpr int kPanelBytes = 128 * 128;  // of 128 rows or keys
+inline constexpr int kNumThreads = 384, kNumConsumerWarps = 8, kLimitSlots = 4;
+
+/// What the consumers need to know of a key tile. A column is a key's place in the tile; column x
+/// is key x + offset of its run, and token i sees the first limits[limit_slot][i] keys of the run.
+struct KeyTileMessage {
+  int32_t tile, kv_head;  // tile -1: there is no more
+  int32_t offset;         // negative where the tile starts before its run
+  int32_t limit_slot;
+  bool has_keys, is_first, is_last, starts_run;
+};
+
+template <int kHeadDim>
+struct Shared {
+  static constexpr int kPanels = kHeadDim / 64;
+
+  alignas(1024) unsigned char q[2][kPanels][kPanelBytes];
+  unsigned char k[kStages][kPanels][kPanelBytes];
+  unsigned char v[kStages][kPanels][kPanelBytes];
+  KeyTileMessage message[kStages];
+  int2 v_columns[kStages];  // those that hold keys of the run
+  int32_t limits[kLimitSlots][kRows];
+  CopyBarrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages];
+  CopyBarrier v_landed[kStages], v_full[kStages], v_empty[kStages], limits_empty[kLimitSlots];
+};
+
+/// A slot of a ring and how often it has been used: the k-th use waits for phase k of its barriers.
+struct RingSlot {
+  int idx = 0, phase = 0;
+
+  __device__ void next(int num_slots) {
+    if (++idx == num_slots) idx = 0, ++phase;
+  }
+};
+
+/// How many keys of a run a row sees; `segment` is the row's.
+__device__ __forceinline__ int32_t visible_keys(const SegmentsView& view, int32_t segment,
+                                                int32_t row, const KeyRun& run) {
+  const int32_t interval = find_interval(view, segment, run.key_lo);
+  if (interval == view.interval_ptr[segment + 1] || view.intervals[interval].lo != run.key_lo) {
+    return 0;
+  }
+  return max(interval_end(view, segment, interval, row) - run.key_lo, 0);
+}
+
+/// The warp that walks tiles and their keys.
+template <typename T, int kHeadDim, bool kPaged>
+__device__ __forceinline__ void produce(const Params& params, const TensorMap& q_map,
+                                        const TensorMap& k_map, const TensorMap& v_map,
+                                        Shared<kHeadDim>& shared) {
+  constexpr int kPanels = Shared<kHeadDim>::kPanels;
+  constexpr int kTokensPerLane = kRows / kWarpSize;
+  const PlanView plan = plan_view_of(params.plan);
+  const int group_size = plan.header.num_heads_q / plan.header.num_heads_kv;
+  const int num_items = plan.header.num_tiles * plan.header.num_heads_kv;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const bool leads = lane == 0;
+  RingSlot q_slot, k_slot, v_slot, limit_slot;
+
+  const auto post = [&](const KeyTileMessage& message) {
+    shared.k_empty[k_slot.idx].wait(k_slot.phase + 1);
+    if (leads) shared.message[k_slot.idx] = message;
+  };
+
+  int item = static_cast<int>(blockIdx.x);
+  while (item < num_items) {
+    const int tile_idx = item / plan.header.num_heads_kv, kv_head = item % plan.header.num_heads_kv;
+    const PlanTile tile = plan.tiles[tile_idx];
+    const PlanSequence sequence = plan.sequences[tile.sequence];
+    const SegmentsView view = segments_of(plan, sequence);
+    const int num_tokens = tile.row_hi - tile.row_lo;
+    int32_t segments[kTokensPerLane];
+#pragma unroll
+    for (int i = 0; i < kTokensPerLane; ++i) {
+      const int row = min(tile.row_lo + lane + i * kWarpSize, tile.row_hi - 1);
+      segments[i] = find_segment(view, tile.segment, view.num_segments, row);
+    }
+
+    shared.q_empty[q_slot.idx].wait(q_slot.phase + 1);
+    if (leads) {
+      CopyBarrier& full = shared.q_full[q_slot.idx];
+      full.arrive_and_expect(kPanels * plan.header.tile_rows * group_size * 128);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        copy_box(shared.q[q_slot.idx][panel], q_map, full, 64 * panel, kv_head * group_size,
+                 sequence.row_begin + tile.row_lo);
+      }
+    }
+    q_slot.next(2);
+
+    // 64 keys to rows [64 half, 64 half + 64) of a tile's panels
+    const auto copy_keys = [&](unsigned char (&panels)[kPanels][kPanelBytes], const TensorMap& map,
+                               CopyBarrier& full, int half, int key) {
+      int token = sequence.key_begin + key;
+      if (kPaged) {
+        const int page_size = plan.header.page_size;
+        token = plan.pages[sequence.page_begin + key / page_size] * page_size + key % page_size;
+      }
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        copy_box(panels[panel] + half * (kPanelBytes / 2), map, full, 64 * panel, kv_head, token);
+      }
+    };
+
+    KeyRun run{}, following{};
+    bool has_run = next_run(view, tile.segment, tile.row_hi, 0, &run);
+    bool is_first = true;
+    if (!has_run) {
+      post({tile_idx, kv_head, 0, 0, false, true, true, false});
+      if (leads) shared.k_full[k_slot.idx].arrive();
+      k_slot.next(kStages);
+    }
+    while (has_run) {
+      shared.limits_empty[limit_slot.idx].wait(limit_slot.phase + 1);
+#pragma unroll
+      for (int i = 0; i < kTokensPerLane; ++i) {
+        const int token = lane + i * kWarpSize;
+        if (token < num_tokens) {
+          shared.limits[limit_slot.idx][token] =
+              visible_keys(view, segments[i], tile.row_lo + token, run);
+        }
+      }
+      __syncwarp();
+      const bool has_following =
+          next_run(view, tile.segment, tile.row_hi, run.key_lo + 1, &following);
+      // Boxes of pages start where 64 keys of a page do.
+      const int start = kPaged ? run.key_lo / kBoxKeys * kBoxKeys : run.key_lo;
+      for (int key = start; key < run.key_hi; key += kKeys) {
+        const bool is_last = !has_following && key + kKeys >= run.key_hi;
+        const int num_halves = key + kBoxKeys < run.key_hi ? 2 : 1;
+        const int num_bytes = num_halves * kPanels * (kPanelBytes / 2);
+        post({tile_idx, kv_head, key - run.key_lo, limit_slot.idx, true, is_first, is_last,
+              key == start});
+        is_first = false;
+        if (leads) {
+          CopyBarrier& full = shared.k_full[k_slot.idx];
+          full.arrive_and_expect(num_bytes);
+          for (int half = 0; half < num_halves; ++half) {
+            copy_keys(shared.k[k_slot.idx], k_map, full, half, key + half * kBoxKeys);
+          }
+        }
+        k_slot.next(kStages);
+        shared.v_empty[v_slot.idx].wait(v_slot.phase + 1);
+        if (leads) {
+          shared.v_columns[v_slot.idx] = {max(run.key_lo - key, 0), min(run.key_hi - key, kKeys)};
+          CopyBarrier& landed = shared.v_landed[v_slot.idx];
+          landed.arrive_and_expect(num_bytes);
+          for (int half = 0; half < num_halves; ++half) {
+            copy_keys(shared.v[v_slot.idx], v_map, landed, half, key + half * kBoxKeys);
+          }
+        }
+        v_slot.next(kStages);
+      }
+      limit_slot.next(kLimitSlots);
+      run = following;
+      has_run = has_following;
+    }
+    if (leads) item = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
+    item = __shfl_sync(kAllLanes, item, 0);
+  }
+  post({-1, 0, 0, 0, false, false, false, false});
+  shared.v_empty[v_slot.idx].wait(v_slot.phase + 1);
+  if (leads) {
+    shared.k_full[k_slot.idx].arrive();
+    shared.v_columns[v_slot.idx] = {-1, -1};
+    shared.v_landed[v_slot.idx].arrive();
+  }
+}
+
+/// The warp that clears rows of v tiles that are not in the run.
+template <int kHeadDim>
+__device__ __forceinline__ void clear_values(Shared<kHeadDim>& shared) {
+  constexpr int kPieces = 128 / 16;  // of a row
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  for (RingSlot slot;; slot.next(kStages)) {
+    shared.v_landed[slot.idx].wait(slot.phase);
+    const int2 columns = shared.v_columns[slot.idx];
+    if (columns.x < 0) return;
+    if (columns.x > 0 || columns.y < kKeys) {
+      for (auto& panel : shared.v[slot.idx]) {
+        uint4* const pieces = reinterpret_cast<uint4*>(panel);
+        for (int i = lane; i < columns.x * kPieces; i += kWarpSize) pieces[i] = zero;
+        for (int i = columns.y * kPieces + lane; i < kKeys * kPieces; i += kWarpSize) {
+          pieces[i] = zero;
+        }
+      }
+      fence_async_copies();
+    }
+    __syncwarp();
+    if (lane == 0) shared.v_full[slot.idx].arrive();
+  }
+}
+
+/// Lane t of four lanes gets x[t] of each of them, in their order.
+__device__ __forceinline__ void transpose_across_four_lanes(uint32_t (&x)[4], int t) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & bit) != 0) continue;
+      const uint32_t received = __shfl_xor_sync(kAllLanes, (t & bit) != 0 ? x[i] : x[i | bit], bit);
+      ((t & bit) != 0 ? x[i] : x[i | bit]) = received;
+    }
+  }
+}
+
+/// A consumer warpgroup: 64 of the tile's rows. A thread has columns 8j + 2t and 8j + 2t + 1 of
+/// rows g and g + 8 of its warp's 16.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& shared) {
+  constexpr int kSteps = kHeadDim / 16;
+  const PlanHeader plan = *reinterpret_cast<const PlanHeader*>(params.plan);
+  const int group_size = plan.num_heads_q / plan.num_heads_kv;
+  const int thread = static_cast<int>(threadIdx.x) - 128;
+  const int warpgroup = thread / 128, lane = thread % kWarpSize, t = lane % 4;
+  const int first_row = thread / kWarpSize * 16 + lane / 4;
+  const bool leads = lane == 0;
+  RingSlot q_slot, k_slot, v_slot;
+  float out[kHeadDim / 2], s[kKeys / 2];
+  uint32_t p[kKeys / 4];
+  float m[2], l[2];
+  int32_t limit[2] = {0, 0};
+
+  const auto descriptor_of_step = [](uint64_t panels, int step) {
+    return panels + step / 4 * (kPanelBytes >> 4) + step % 4 * 2;
+  };
+  const auto multiply_by_keys = [&] {  // s <- q @ k^T
+    const uint64_t q =
+        describe_panels(shared.q[q_slot.idx][0] + warpgroup * (kPanelBytes / 2), kPanelBytes);
+    const uint64_t k = describe_panels(shared.k[k_slot.idx][0], kPanelBytes);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      multiply_panels<T, kKeys>(s, descriptor_of_step(q, step), descriptor_of_step(k, step),
+                                step > 0);
+    }
+    products_commit();
+  };
+  const auto multiply_by_values = [&] {  // out <- out + p @ v
+    const uint64_t v = describe_panels(shared.v[v_slot.idx][0], kPanelBytes);
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      multiply_fragment<T, kHeadDim>(
+          out, {p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3]}, v + 128 * step,
+          true);
+    }
+    products_commit();
+  };
+  const auto release = [&](CopyBarrier& barrier) {
+    if (leads) barrier.arrive();
+  };
+
+  for (;;) {
+    shared.k_full[k_slot.idx].wait(k_slot.phase);
+    KeyTileMessage message = shared.message[k_slot.idx];
+    if (message.tile < 0) return;
+    const int tile_idx = message.tile, kv_head = message.kv_head;
+    shared.q_full[q_slot.idx].wait(q_slot.phase);
+#pragma unroll
+    for (float& x : out) x = 0.0f;
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.0f;
+    float rescale[2];
+
+    // Hides what is not seen, then m, l, s <- p; rescale is what out has to be multiplied by.
+    const auto softmax = [&] {
+      if (message.starts_run) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = (first_row + 8 * i) / group_size;
+          limit[i] = token < plan.tile_rows ? shared.limits[message.limit_slot][token] : 0;
+        }
+        __syncwarp();
+        release(shared.limits_empty[message.limit_slot]);
+      }
+      const int low = -message.offset, high[2] = {limit[0] + low, limit[1] + low};
+      const bool sees_all = low <= 0 && high[0] >= kKeys && high[1] >= kKeys;
+      if (!__all_sync(kAllLanes, sees_all)) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+          const int column = i / 4 * 8 + 2 * t + i % 2;
+          if (column < low || column >= high[i % 4 / 2]) s[i] = -INFINITY;
+        }
+      }
+      float scaled_max[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float peak = m[i];
+#pragma unroll
+        for (int j = 0; j < kKeys / 2; j += 4) {
+          peak = fmaxf(peak, fmaxf(s[j + 2 * i], s[j + 2 * i + 1]));
+        }
+        peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 1));
+        peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
+        // A row that has seen no key yet: -inf - -inf would be NaN.
+        scaled_max[i] = peak == -INFINITY ? 0.0f : peak * params.score_scale;
+        rescale[i] = exp2_fast(m[i] * params.score_scale - scaled_max[i]);
+        l[i] *= rescale[i];
+        m[i] = peak;
+      }
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        const int row = i % 4 / 2;
+        s[i] = exp2_fast(s[i] * params.score_scale - scaled_max[row]);
+        l[row] += s[i];
+      }
+    };
+    const auto round_weights = [&] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+    };
+
+    bool is_last = message.is_last;
+    if (message.has_keys) {
+      products_begin();
+      multiply_by_keys();
+      products_wait<0>();
+      release(shared.k_empty[k_slot.idx]);
+      softmax();
+      round_weights();
+    } else {
+      release(shared.k_empty[k_slot.idx]);
+    }
+    const bool has_keys = message.has_keys;
+    k_slot.next(kStages);
+
+    while (!is_last) {
+      shared.k_full[k_slot.idx].wait(k_slot.phase);
+      message = shared.message[k_slot.idx];
+      is_last = message.is_last;
+      products_begin();
+      multiply_by_keys();
+      shared.v_full[v_slot.idx].wait(v_slot.phase);
+      multiply_by_values();
+      products_wait<1>();
+      release(shared.k_empty[k_slot.idx]);
+      softmax();
+      products_wait<0>();
+      release(shared.v_empty[v_slot.idx]);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[i % 4 / 2];
+      round_weights();
+      k_slot.next(kStages);
+      v_slot.next(kStages);
+    }
+    release(shared.q_empty[q_slot.idx]);
+    q_slot.next(2);
+    if (has_keys) {
+      shared.v_full[v_slot.idx].wait(v_slot.phase);
+      products_begin();
+      multiply_by_values();
+      products_wait<0>();
+      release(shared.v_empty[v_slot.idx]);
+      v_slot.next(kStages);
+    }
+
+    const PlanView view = plan_view_of(params.plan);
+    const PlanTile tile = view.tiles[tile_idx];
+    const int first_token = view.sequences[tile.sequence].row_begin + tile.row_lo;
+    const int num_rows = (tile.row_hi - tile.row_lo) * group_size;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l[i] += __shfl_xor_sync(kAllLanes, l[i], 1);
+      l[i] += __shfl_xor_sync(kAllLanes, l[i], 2);
+      const float inverse = l[i] == 0.0f ? 0.0f : 1.0f / l[i];
+      const int row = first_row + 8 * i;
+      const bool is_row = row < num_rows;
+      const int64_t token = first_token + row / group_size;
+      const int head = kv_head * group_size + row % group_size;
+      uint16_t* const to = static_cast<uint16_t*>(params.out) +
+                           (token * plan.num_heads_q + head) * int64_t{kHeadDim};
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; j += 4) {
+        uint32_t x[4];
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          x[b] =
+              pack2<T>(out[4 * (j + b) + 2 * i] * inverse, out[4 * (j + b) + 2 * i + 1] * inverse);
+        }
+        transpose_across_four_lanes(x, t);
+        if (is_row) {
+          *reinterpret_cast<uint4*>(to + (j + t) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+      }
+      if (is_row && t == 0 && params.lse != nullptr) {
+        constexpr float kLn2 = 0.693147181f;
+        params.lse[int64_t{head} * plan.total_q + token] =
+            l[i] == 0.0f ? -INFINITY : kLn2 * (m[i] * params.score_scale + log2_fast(l[i]));
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim, bool kPaged>
+__global__ void __launch_bounds__(kNumThreads, 1)
+    forward_kernel(const Params params, const __grid_constant__ TensorMap q_map,
+                   const __grid_constant__ TensorMap k_map,
+                   const __grid_constant__ TensorMap v_map) {
+  auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    for (int i = 0; i < 2; ++i) {
+      shared.q_full[i].init(1);
+      shared.q_empty[i].init(kNumConsumerWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      shared.k_full[i].init(1);
+      shared.k_empty[i].init(kNumConsumerWarps);
+      shared.v_landed[i].init(1);
+      shared.v_full[i].init(1);
+      shared.v_empty[i].init(kNumConsumerWarps);
+    }
+    for (CopyBarrier& barrier : shared.limits_empty) barrier.init(kNumConsumerWarps);
+    fence_barriers();
+  }
+  __syncthreads();
+  if (thread < 128) {
+    lower_registers<96>();
+    if (thread < 32) {
+      produce<T, kHeadDim, kPaged>(params, q_map, k_map, v_map, shared);
+    } else if (thread < 64) {
+      clear_values(shared);
+    }
+  } else {
+    raise_registers<200>();
+    consume<T, kHeadDim>(params, shared);
+  }
+}
+
+}  // namespace pdiff::cuda::sm90a
