@@ -58,6 +58,10 @@ void bind_environment(py::module_& m) {
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
   m.def("cuda_runtime_version", &cuda_runtime_version);
   m.def("cuda_device", &cuda_device_dict, py::arg("device_idx"));
+  m.def("cuda_kernels", [](int device_idx) { return cuda_kernels_name(cuda_kernels(device_idx)); });
+  m.def(
+      "select_cuda_kernels", [](const char* name) { select_cuda_kernels(name); },
+      py::arg("name").none(true), "portable or sm90a; None goes back to the default.");
   m.def("cuda_can_launch", &cuda_can_launch, py::arg("device_idx"));
 }
 

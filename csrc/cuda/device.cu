@@ -20,7 +20,45 @@ cudaError_t count_devices(int* count) {
   return status;
 }
 
+CudaKernels parse_kernels(const char* name, const char* source) {
+  for (const CudaKernels kernels : {CudaKernels::kPortable, CudaKernels::kSm90a}) {
+    if (std::strcmp(name, cuda_kernels_name(kernels)) == 0) return kernels;
+  }
+  detail::throw_error(source, ": expected portable or sm90a, got ", name);
+}
+
+CudaKernels default_kernels() {
+  const char* name = std::getenv("PDIFF_CUDA_KERNELS");
+  if (name == nullptr || name[0] == '\0') return CudaKernels::kPortable;
+  return parse_kernels(name, "PDIFF_CUDA_KERNELS");
+}
+
+std::atomic<CudaKernels>& selection() {
+  static std::atomic<CudaKernels> kernels{default_kernels()};
+  return kernels;
+}
+
 }  // namespace
+
+const char* cuda_kernels_name(CudaKernels kernels) {
+  return kernels == CudaKernels::kSm90a ? "sm90a" : "portable";
+}
+
+void select_cuda_kernels(const char* name) {
+  const bool reset = name == nullptr || name[0] == '\0';
+  selection().store(reset ? default_kernels() : parse_kernels(name, "cuda_kernels"));
+}
+
+CudaKernels cuda_kernels(int device_idx) {
+  const CudaKernels kernels = selection().load(std::memory_order_relaxed);
+  if (kernels == CudaKernels::kPortable) return kernels;
+  int major = 0, minor = 0;
+  cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_idx),
+              "device_idx");
+  cuda::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_idx),
+              "device_idx");
+  return major == 9 && minor == 0 ? kernels : CudaKernels::kPortable;
+}
 
 bool built_with_cuda() { return true; }
 

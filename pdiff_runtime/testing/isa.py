@@ -21,3 +21,16 @@ def use_isa(name: str) -> Iterator[bool]:
         yield _C.isa_selected() == name
     finally:
         _C.select_isa(None)
+
+
+@contextlib.contextmanager
+def use_cuda_kernels(name: str) -> Iterator[bool]:
+    """Run the body with one of the two sets of CUDA kernels: ``portable`` or ``sm90a``.
+
+    Yields whether this build and machine have it; if not, the portable ones are in use.
+    """
+    _C.select_cuda_kernels(name)
+    try:
+        yield _C.cuda_device_count() > 0 and _C.cuda_kernels(0) == name
+    finally:
+        _C.select_cuda_kernels(None)

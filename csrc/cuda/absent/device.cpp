@@ -12,4 +12,8 @@ int cuda_runtime_version() { return 0; }
 CudaDevice cuda_device(int) { detail::throw_error("built without CUDA"); }
 bool cuda_can_launch(int) { return false; }
 
+CudaKernels cuda_kernels(int) { return CudaKernels::kPortable; }
+const char* cuda_kernels_name(CudaKernels) { return "portable"; }
+void select_cuda_kernels(const char*) {}
+
 }  // namespace pdiff

@@ -27,4 +27,13 @@ int cuda_runtime_version();              // 13000 for 13.0; 0 when built without
 CudaDevice cuda_device(int device_idx);  // throws pdiff::Error on an index past the count
 bool cuda_can_launch(int device_idx);    // runs one tiny kernel and reads its result back
 
+/// Kernels that exist twice: for every GPU, and for Hopper's own instructions. Default: portable,
+/// or what PDIFF_CUDA_KERNELS names; a device of another architecture always gets the portable
+/// ones.
+enum class CudaKernels : int { kPortable = 0, kSm90a = 1 };
+
+CudaKernels cuda_kernels(int device_idx);  // throws on an unknown name in PDIFF_CUDA_KERNELS
+const char* cuda_kernels_name(CudaKernels kernels);  // "portable", "sm90a"
+void select_cuda_kernels(const char* name);          // nullptr or "": the default again
+
 }  // namespace pdiff

@@ -275,12 +275,12 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
                                                             : 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int) {
-  *prop = {"emulated on the CPU", 8, 0, 3, size_t{1} << 30};
+  *prop = {"emulated on the CPU", 9, 0, 3, size_t{1} << 30};
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t num_bytes, cudaStream_t) {
