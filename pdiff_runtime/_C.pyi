@@ -234,3 +234,36 @@ def weighted_cross_entropy(
     normaliser: float,
     num_threads: int,
 ) -> None: ...
+
+# Built with CUDA only. Device tensors are addresses, too; nothing waits for the device.
+def weighted_cross_entropy_workspace_bytes(num_rows: int) -> int: ...
+def weighted_cross_entropy_cuda(
+    logits: int,
+    labels: int,
+    weight: int,
+    kind: int,
+    dlogits: int,
+    loss: int,
+    weighted_sums: int,
+    unweighted_sums: int,
+    counts: int,
+    dtype: int,
+    logits_stride: int,
+    dlogits_stride: int,
+    num_rows: int,
+    vocab_size: int,
+    normaliser: int,
+    workspace: int,
+    device_idx: int,
+    stream: int,
+) -> None: ...
+def scale_gradient_cuda(
+    dlogits: int,
+    dtype: int,
+    dlogits_stride: int,
+    num_rows: int,
+    vocab_size: int,
+    factor: int,
+    device_idx: int,
+    stream: int,
+) -> None: ...

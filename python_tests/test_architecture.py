@@ -101,7 +101,7 @@ def quoted_includes(path: Path) -> Iterator[str]:
 
 def included_file(path: Path, name: str) -> Path | None:
     """The file of the source tree that an include names."""
-    for folder in (path.parent, CSRC / "include", CSRC):
+    for folder in (path.parent, CSRC / "include", CSRC, CSRC / "tests" / "emulation"):
         if (folder / name).is_file():
             return (folder / name).resolve()
     return None

@@ -14,6 +14,7 @@ from pdiff_runtime.ops._library import (
     ELEMENT_TYPES,
     Impl,
     check_tensor,
+    cuda_stream,
     library,
     pointer,
     select_impl,
@@ -51,16 +52,21 @@ def weighted_cross_entropy(
     Where the logits require grad, the forward computes the gradient too, while the row is in cache.
 
     Args:
-        logits: ``[rows, vocab_size]`` float32 or bfloat16, rows any stride apart.
+        logits: ``[rows, vocab_size]`` float32 or bfloat16, on a GPU float16 too; rows any stride
+            apart.
         labels: ``[rows]`` int64; rows with -100 are ignored and get gradient 0.
         weight: ``[rows]`` float32.
         kind: ``[rows]`` uint8, 0 (plan) or 1 (span).
         normaliser: What the sum is divided by; 0 gives loss 0 and gradient 0. No gradient flows
-            into it.
+            into it. A tensor on the GPU stays there: nothing waits for its value.
         inplace_backward: Write the gradient over the logits' memory during the forward, which saves
             a buffer of their size. The logits are then unusable, and an op before this one that
             kept them for its own backward makes that backward raise. Eager mode only: a compiled
             graph keeps the separate buffer.
+
+    On a GPU nothing waits for the device. A label or kind out of range can then not be told: the
+    row counts as ignored, and the loss is NaN. The gradient is scaled in place there, so that
+    backward runs once.
 
     Raises:
         ValueError: A shape, dtype, device, label or kind does not fit.
@@ -70,7 +76,7 @@ def weighted_cross_entropy(
     if inplace_backward and needs_grad and not compiling:
         if logits.is_leaf:
             raise ValueError("inplace_backward: expected logits computed by the model, got a leaf")
-        outputs = _InplaceBackward.apply(logits, labels, weight, kind, float(normaliser), impl)
+        outputs = _InplaceBackward.apply(logits, labels, weight, kind, normaliser, impl)
     elif compiling or needs_grad:
         if not isinstance(normaliser, Tensor):
             normaliser = torch.full((), normaliser, dtype=torch.float64, device=logits.device)
@@ -78,7 +84,7 @@ def weighted_cross_entropy(
             logits, labels, weight, kind, normaliser, needs_grad, str(impl)
         )[:4]
     else:
-        outputs = _run(logits, labels, weight, kind, float(normaliser), None, impl)
+        outputs = _run(logits, labels, weight, kind, normaliser, None, impl)
     loss, *parts = outputs
     return WeightedCrossEntropy(loss, *(part.detach() for part in parts))
 
@@ -88,7 +94,7 @@ def _run(
     labels: Tensor,
     weight: Tensor,
     kind: Tensor,
-    normaliser: float,
+    normaliser: float | Tensor,
     dlogits: Tensor | None,
     impl: Impl | str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,15 +120,29 @@ def _run(
     check_tensor("weight", weight, torch.float32, (rows,), device)
     check_tensor("kind", kind, torch.uint8, (rows,), device)
     if choice is Impl.REFERENCE:
-        return reference.weighted_cross_entropy(logits, labels, weight, kind, normaliser, dlogits)
+        return reference.weighted_cross_entropy(
+            logits, labels, weight, kind, float(normaliser), dlogits
+        )
 
     outputs = loss, weighted_sums, unweighted_sums, counts = _empty_outputs(logits)
-    _C.weighted_cross_entropy(
+    arguments = (
         pointer(logits), pointer(labels), pointer(weight), pointer(kind), pointer(dlogits),
         pointer(loss), pointer(weighted_sums), pointer(unweighted_sums), pointer(counts),
         DTYPE_CODES[logits.dtype], logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
-        rows, vocab_size, normaliser, torch.get_num_threads(),
+        rows, vocab_size,
     )  # fmt: skip
+    if choice is Impl.CUDA:
+        if isinstance(normaliser, Tensor):
+            on_device = normaliser.detach().to(device, torch.float64)
+        else:
+            on_device = torch.full((), normaliser, dtype=torch.float64, device=device)
+        num_bytes = _C.weighted_cross_entropy_workspace_bytes(rows)
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        _C.weighted_cross_entropy_cuda(
+            *arguments, pointer(on_device), pointer(workspace), *cuda_stream(device)
+        )
+    else:
+        _C.weighted_cross_entropy(*arguments, float(normaliser), torch.get_num_threads())
     return outputs
 
 
@@ -136,10 +156,20 @@ def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _scaled(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
+def _scaled(ctx: Any, dlogits: Tensor, grad_loss: Tensor) -> Tensor:
     """The gradient that reaches the logits; a plain ``loss.backward()`` copies nothing."""
-    has_value = type(grad_loss) is Tensor and grad_loss.device.type == "cpu"  # not being traced
-    if has_value and grad_loss == 1.0:
+    if type(grad_loss) is not Tensor:  # being traced
+        return dlogits * grad_loss
+    if select_impl(ctx.impl, dlogits.device) is Impl.CUDA:
+        if getattr(ctx, "is_scaled", False):
+            raise RuntimeError("weighted_cross_entropy: on a GPU its backward runs only once")
+        ctx.is_scaled = True
+        _C.scale_gradient_cuda(
+            pointer(dlogits), DTYPE_CODES[dlogits.dtype], dlogits.stride(0), *dlogits.shape,
+            pointer(grad_loss), *cuda_stream(dlogits.device),
+        )  # fmt: skip
+        return dlogits
+    if grad_loss.device.type == "cpu" and grad_loss == 1.0:
         return dlogits
     return dlogits * grad_loss
 
@@ -154,9 +184,10 @@ class _InplaceBackward(torch.autograd.Function):
         labels: Tensor,
         weight: Tensor,
         kind: Tensor,
-        normaliser: float,
+        normaliser: float | Tensor,
         impl: Impl | str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.impl = impl
         ctx.dlogits = logits.detach()
         outputs = _run(logits, labels, weight, kind, normaliser, ctx.dlogits, impl)
         torch.autograd.graph.increment_version(logits)  # whoever saved them finds out
@@ -165,7 +196,7 @@ class _InplaceBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx.dlogits, grad_loss), None, None, None, None, None
+        return _scaled(ctx, ctx.dlogits, grad_loss), None, None, None, None, None
 
 
 library.define(
@@ -180,9 +211,7 @@ def _weighted_cross_entropy_op(
     needs_grad: bool, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dlogits = _empty_gradient(logits, needs_grad)
-    outputs = _run(
-        logits, labels, weight, kind, normaliser.item(), dlogits if needs_grad else None, impl
-    )
+    outputs = _run(logits, labels, weight, kind, normaliser, dlogits if needs_grad else None, impl)
     return (*outputs, dlogits)
 
 
@@ -199,13 +228,14 @@ def _empty_gradient(logits: Tensor, needs_grad: bool) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.impl = inputs[-1]
     ctx.save_for_backward(output[4])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
     (dlogits,) = ctx.saved_tensors
-    grad = None if grad_loss is None else _scaled(dlogits, grad_loss)
+    grad = None if grad_loss is None else _scaled(ctx, dlogits, grad_loss)
     return grad, None, None, None, None, None, None
 
 

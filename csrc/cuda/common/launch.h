@@ -40,6 +40,14 @@ inline int num_sms(int device_idx) {
   return count;
 }
 
+/// What one block may ask for.
+inline int64_t max_shared_bytes(int device_idx) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_idx),
+        "device_idx");
+  return bytes;
+}
+
 struct LaunchShape {
   const char* name;  // for messages
   int64_t num_blocks;

@@ -15,6 +15,16 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
       : "memory");
 }
 
+/// 16 bytes that are read once: they are the first to leave the second-level cache.
+__device__ __forceinline__ void copy_async_once_16(void* shared, const void* global) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "l"(policy)
+               : "memory");
+}
+
 /// 4 bytes, both addresses aligned to 4; zeros where not `valid`.
 __device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid = true) {
   const int num_bytes = valid ? 4 : 0;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "pdiff/device.h"
 #include "pdiff/dtype.h"
 
 namespace pdiff {
@@ -16,6 +17,8 @@ constexpr int kNumRowKinds = 2;
 /// Numerics    float arithmetic, sums joined in double in row order; the result ignores the thread
 ///             count.
 /// In place    dlogits may be logits.
+/// On a GPU    a label or kind out of range can not be told: the row counts as ignored, and loss
+///             is NaN. normaliser and num_threads are not read.
 struct WeightedCrossEntropyParams {
   static constexpr int64_t kIgnored = -100;
 
@@ -39,5 +42,21 @@ struct WeightedCrossEntropyParams {
 namespace cpu {
 void weighted_cross_entropy(const WeightedCrossEntropyParams& params);  // throws before any write
 }
+
+namespace cuda {
+
+int64_t weighted_cross_entropy_workspace_bytes(int64_t num_rows);
+
+/// Nothing is read back: all pointers are of the device, `normaliser` (one value) included.
+void weighted_cross_entropy(const WeightedCrossEntropyParams& params, const double* normaliser,
+                            void* workspace, const CudaQueue& queue);
+
+/// dlogits <- dlogits * factor, for what follows the loss; costs next to nothing where it is 1.
+void scale_gradient(void* dlogits,  // [num_rows, vocab_size] dtype, rows dlogits_stride apart
+                    DType dtype, int64_t dlogits_stride, int64_t num_rows, int64_t vocab_size,
+                    const float* factor,  // one value
+                    const CudaQueue& queue);
+
+}  // namespace cuda
 
 }  // namespace pdiff

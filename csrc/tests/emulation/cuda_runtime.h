@@ -248,6 +248,7 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
@@ -274,9 +275,10 @@ inline cudaError_t cudaGetDevice(int* device_idx) { return *device_idx = 0, cuda
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
-                                                            : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 3
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
+                                                                  : 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int) {

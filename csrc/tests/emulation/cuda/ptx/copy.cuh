@@ -8,6 +8,10 @@ inline void copy_async_16(void* shared, const void* global, bool valid = true) {
   emulation::copy_async(shared, global, 16, valid);
 }
 
+inline void copy_async_once_16(void* shared, const void* global) {
+  emulation::copy_async(shared, global, 16, true);
+}
+
 inline void copy_async_4(void* shared, const void* global, bool valid = true) {
   emulation::copy_async(shared, global, 4, valid);
 }

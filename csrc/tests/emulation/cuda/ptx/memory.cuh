@@ -13,6 +13,8 @@ inline uint4 load_once(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+inline uint4 load_shortly(const void* global) { return load_once(global); }
+
 inline void store_once(void* global, uint4 x) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulation::fail("stores a misaligned address");
   *static_cast<uint4*>(global) = x;
