@@ -8,18 +8,31 @@ import torch
 
 from pdiff_runtime import ops
 from pdiff_runtime.ops import reference
-from pdiff_runtime.testing import use_isa
+from pdiff_runtime.testing import BACKENDS, use_isa
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 VOCAB_SIZES = [1, 7, 17, 1000, 4096, 32003]
+CPU, CUDA, _ = BACKENDS
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request):
+@pytest.fixture(params=["generic", "avx2", "avx512", "cuda"])
+def backend(request):
+    if request.param == "cuda":
+        if CUDA.missing:
+            pytest.skip(CUDA.missing)
+        yield CUDA
+        return
     with use_isa(request.param) as available:
         if not available:
             pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+        yield CPU
+
+
+@pytest.fixture
+def cuda():
+    if CUDA.missing:
+        pytest.skip(CUDA.missing)
+    return CUDA
 
 
 def problem(rows=11, vocab_size=1000, dtype=F32, seed=0):
@@ -42,29 +55,39 @@ def exact(arguments, normaliser):
     ), dlogits
 
 
-def loss_and_gradient(arguments, normaliser=7.0, factor=1.0, **options):
-    """The op on logits that a model computed, as it is used."""
+def on(backend, arguments):
+    return {name: x.to(backend.device) for name, x in arguments.items()}
+
+
+def loss_and_gradient(arguments, normaliser=7.0, factor=1.0, backend=CPU, **options):
+    """The op on logits that a model computed, as it is used; results on the CPU."""
+    arguments = on(backend, arguments)
     leaf = arguments["logits"].clone().requires_grad_()
     result = ops.weighted_cross_entropy(
-        **arguments | {"logits": leaf * 1.0}, normaliser=normaliser, **options
+        **{"impl": backend.impl} | arguments | {"logits": leaf * 1.0} | options,
+        normaliser=normaliser,
     )
     (factor * result.loss).backward()
-    return result, leaf.grad
+    return ops.WeightedCrossEntropy(*(x.detach().cpu() for x in result)), leaf.grad.cpu()
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True], ids=["fresh", "inplace"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_agrees_with_reference(vocab_size, dtype, inplace_backward, isa):
+def test_agrees_with_reference(vocab_size, dtype, inplace_backward, backend):
+    if dtype == F16 and backend is CPU:
+        pytest.skip("no float16 on the CPU")
     arguments = problem(vocab_size=vocab_size, dtype=dtype)
-    result, gradient = loss_and_gradient(arguments, inplace_backward=inplace_backward)
+    result, gradient = loss_and_gradient(
+        arguments, backend=backend, inplace_backward=inplace_backward
+    )
     (loss, weighted_sums, unweighted_sums, counts), dlogits = exact(arguments, 7.0)
     torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(result.weighted_sums, weighted_sums, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(result.unweighted_sums, unweighted_sums, rtol=1e-5, atol=0.0)
     assert torch.equal(result.counts, counts)
     assert gradient.dtype == dtype
-    rtol = 1e-5 if dtype == F32 else 2**-8
+    rtol = {F32: 1e-5, BF16: 2**-8, F16: 2**-11}[dtype]
     torch.testing.assert_close(gradient.double(), dlogits, rtol=rtol, atol=1e-7)
     assert not any(part.requires_grad for part in result[1:])
 
@@ -80,76 +103,82 @@ def test_equals_torch():
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_forward_alone_gives_the_same_loss(isa):
-    arguments = problem()
-    with_gradient, _ = loss_and_gradient(arguments)
-    without = ops.weighted_cross_entropy(**arguments, normaliser=7.0)
+@pytest.mark.parametrize("vocab_size", [1000, 32003])
+def test_forward_alone_gives_the_same_loss(vocab_size, backend):
+    arguments = problem(vocab_size=vocab_size)
+    with_gradient, _ = loss_and_gradient(arguments, backend=backend)
+    without = ops.weighted_cross_entropy(
+        **on(backend, arguments), normaliser=7.0, impl=backend.impl
+    )
     assert not without.loss.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(with_gradient, without, strict=True))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(with_gradient, without, strict=True))
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
-def test_gradient_of_what_follows_the_loss(inplace_backward):
-    _, gradient = loss_and_gradient(problem(), inplace_backward=inplace_backward)
-    _, tripled = loss_and_gradient(problem(), factor=3.0, inplace_backward=inplace_backward)
-    torch.testing.assert_close(tripled, 3 * gradient)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_gradient_of_what_follows_the_loss(dtype, inplace_backward, backend):
+    options = {"backend": backend, "inplace_backward": inplace_backward}
+    arguments = problem(vocab_size=1003, dtype=dtype)
+    _, gradient = loss_and_gradient(arguments, **options)
+    _, doubled = loss_and_gradient(arguments, factor=2.0, **options)
+    assert torch.equal(doubled, 2 * gradient)
 
 
 @pytest.mark.parametrize("normaliser", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
-def test_normaliser_zero_gives_zero(normaliser, isa):
+def test_normaliser_zero_gives_zero(normaliser, backend):
     arguments = problem()
-    result, gradient = loss_and_gradient(arguments, normaliser)
+    result, gradient = loss_and_gradient(arguments, normaliser, backend=backend)
     assert result.loss == 0
     assert not gradient.any()
     _, weighted_sums, *_ = exact(arguments, 0.0)[0]
     torch.testing.assert_close(result.weighted_sums, weighted_sums)
 
 
-def test_normaliser_may_be_a_tensor():
-    result, gradient = loss_and_gradient(problem(), torch.tensor(7))
-    expected, gradient_expected = loss_and_gradient(problem(), 7.0)
+def test_normaliser_may_be_a_tensor(backend):
+    result, gradient = loss_and_gradient(problem(), torch.tensor(7), backend=backend)
+    expected, gradient_expected = loss_and_gradient(problem(), 7.0, backend=backend)
     assert torch.equal(result.loss, expected.loss)
     assert torch.equal(gradient, gradient_expected)
 
 
-def test_ignored_rows_get_zero_whatever_they_hold(isa):
+def test_ignored_rows_get_zero_whatever_they_hold(backend):
     arguments = problem()
     arguments["labels"][4] = -100
     arguments["logits"][4] = math.nan
     arguments["weight"][5] = 0.0
-    result, gradient = loss_and_gradient(arguments)
+    result, gradient = loss_and_gradient(arguments, backend=backend)
     assert torch.isfinite(result.loss)
     assert not gradient[4].any()
     assert not gradient[5].any()
     assert result.counts.sum() == 9  # a weight of 0 still counts
     everything = problem()
     everything["labels"][:] = -100
-    result, gradient = loss_and_gradient(everything)
+    result, gradient = loss_and_gradient(everything, backend=backend)
     assert result.loss == 0
     assert not gradient.any()
 
 
-def test_extreme_logits(isa):
+def test_extreme_logits(backend):
     arguments = problem(rows=4, vocab_size=100)
     arguments["logits"][0] = -math.inf
     arguments["logits"][0, 17] = 3.0
     arguments["logits"][1] = 1e4 * torch.arange(100)
     arguments["logits"][3] = -1e30
     arguments["labels"] = torch.tensor([17, 99, 5, 8])
-    result, gradient = loss_and_gradient(arguments)
+    result, gradient = loss_and_gradient(arguments, backend=backend)
     (loss, *_), dlogits = exact(arguments, 7.0)
     torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(gradient.double(), dlogits, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 60])
-def test_thread_count_changes_no_bit(rows, isa):
+def test_thread_count_changes_no_bit(rows, backend):
     before = torch.get_num_threads()
     results = []
     try:
         for num_threads in (1, 2):
             torch.set_num_threads(num_threads)
-            results.append(loss_and_gradient(problem(rows, 20_011)))
+            results.append(loss_and_gradient(problem(rows, 20_011), backend=backend))
     finally:
         torch.set_num_threads(before)
     (one, gradient_one), (two, gradient_two) = results
@@ -157,12 +186,78 @@ def test_thread_count_changes_no_bit(rows, isa):
     assert torch.equal(gradient_one, gradient_two)
 
 
-def test_gradient_of_a_row_does_not_depend_on_its_batch(isa):
+def test_gradient_of_a_row_does_not_depend_on_its_batch(backend):
     arguments = problem(rows=9)
-    _, whole = loss_and_gradient(arguments)
+    _, whole = loss_and_gradient(arguments, backend=backend)
     for row in range(9):
-        _, alone = loss_and_gradient({name: x[row : row + 1] for name, x in arguments.items()})
+        only = {name: x[row : row + 1] for name, x in arguments.items()}
+        _, alone = loss_and_gradient(only, backend=backend)
         assert torch.equal(alone[0], whole[row])
+
+
+@pytest.mark.parametrize("vocab_size", [33, 1003, 60_013])
+@pytest.mark.parametrize("row_stride", [0, 1, 8], ids="gap{}".format)
+def test_rows_may_be_any_stride_apart(row_stride, vocab_size, backend):
+    arguments = problem(vocab_size=vocab_size, dtype=BF16)
+    gaps = torch.full((11, vocab_size + row_stride), math.nan, dtype=BF16, device=backend.device)
+    logits = gaps[:, :vocab_size]
+    logits.copy_(arguments["logits"])
+    (loss, *_), dlogits = exact(arguments, 7.0)
+    for inplace_backward in (False, True):  # fresh gradients lie on rows without gaps
+        leaf = logits.detach().requires_grad_()
+        node = leaf.view_as(leaf) if inplace_backward else leaf
+        result = ops.weighted_cross_entropy(
+            **on(backend, arguments) | {"logits": node}, normaliser=7.0, impl=backend.impl,
+            inplace_backward=inplace_backward,
+        )  # fmt: skip
+        result.loss.backward()
+        torch.testing.assert_close(result.loss.detach().cpu(), loss, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(leaf.grad.double().cpu(), dlogits, rtol=2**-8, atol=1e-7)
+    assert gaps[:, vocab_size:].isnan().all()
+
+
+def test_cuda_makes_the_loss_nan_where_labels_are_out_of_range(cuda):
+    for changed in ({"labels": 1000}, {"labels": -1}, {"kind": 2}):
+        arguments = problem()
+        for name, value in changed.items():
+            arguments[name][4] = value
+        result, gradient = loss_and_gradient(arguments, backend=cuda)
+        assert result.loss.isnan()
+        assert not gradient[4].any()
+        assert gradient[3].any()
+        assert result.counts.sum() == 9
+
+
+def test_cuda_backward_runs_once(cuda):
+    arguments = on(cuda, problem())
+    logits = arguments["logits"].requires_grad_()
+    result = ops.weighted_cross_entropy(**arguments, normaliser=7.0, impl=cuda.impl)
+    result.loss.backward(retain_graph=True)
+    assert logits.grad is not None
+    with pytest.raises(RuntimeError, match="its backward runs only once"):
+        result.loss.backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: captures a graph")
+def test_a_captured_cuda_graph_follows_its_inputs(cuda):
+    arguments = on(cuda, problem(vocab_size=60_013, dtype=BF16))
+    normaliser = torch.tensor(7.0, device="cuda")
+
+    def step():
+        leaf = arguments["logits"].detach().requires_grad_()
+        result = ops.weighted_cross_entropy(**arguments | {"logits": leaf}, normaliser=normaliser)
+        result.loss.backward()
+        return result.loss.detach(), leaf.grad
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    arguments["labels"].copy_(arguments["labels"].roll(1))
+    normaliser.fill_(3.0)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
 def test_inplace_writes_over_the_logits_and_warns_those_who_kept_them():

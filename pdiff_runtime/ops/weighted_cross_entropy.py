@@ -164,8 +164,9 @@ def _scaled(ctx: Any, dlogits: Tensor, grad_loss: Tensor) -> Tensor:
         if getattr(ctx, "is_scaled", False):
             raise RuntimeError("weighted_cross_entropy: on a GPU its backward runs only once")
         ctx.is_scaled = True
+        rows, vocab_size = dlogits.shape
         _C.scale_gradient_cuda(
-            pointer(dlogits), DTYPE_CODES[dlogits.dtype], dlogits.stride(0), *dlogits.shape,
+            pointer(dlogits), DTYPE_CODES[dlogits.dtype], dlogits.stride(0), rows, vocab_size,
             pointer(grad_loss), *cuda_stream(dlogits.device),
         )  # fmt: skip
         return dlogits
