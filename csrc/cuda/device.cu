@@ -1,3 +1,8 @@
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
 #include "cuda/common/launch.h"
 #include "pdiff/device.h"
 #include "pdiff/error.h"
