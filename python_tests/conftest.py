@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_backends import is_left_out
 
 from pdiff_runtime import ControlTokens, Decoder
 from pdiff_runtime.models import ModelConfig, init_weights
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
 
 TINY_TAGS = ControlTokens(
     topic_start=50, topic_end=51, async_start=52, async_end=53, sync=54, mask=55, pad=56, eos=57,

@@ -1,21 +1,26 @@
 """Hybrid attention against the float64 reference, and the laws that hold bit for bit."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from on_backends import backend_fixture
 
 from pdiff_runtime.ops import AttentionPlan, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
 from pdiff_runtime.testing import assert_within_budget, use_isa
 from pdiff_runtime.testing.problems import LAYOUTS, AttentionProblem, layout_of
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HEADS = [(1, 1), (4, 2), (3, 1), (7, 1)]
 HEAD_DIMS = [16, 40, 64, 128, 256]
+ISAS = ["generic", "avx2", "avx512", "amx"]
+
+backend = backend_fixture(ISAS)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "amx"])
+@pytest.fixture(params=ISAS)
 def isa(request):
     with use_isa(request.param) as available:
         if not available:
@@ -41,11 +46,36 @@ PROBLEMS = [
     )
 ]
 PACKED = [p for p in PROBLEMS if p.page_size is None]
+FEW = [
+    AttentionProblem(layouts, *HEADS[i % 4], [16, 24, 64][i % 3], F16, page_size)
+    for i, (layouts, page_size) in enumerate(zip(LAYOUTS, itertools.cycle([None, 48, 16])))
+]
+FEW += [
+    AttentionProblem("empty_spans", 3, 1, 24),
+    AttentionProblem("unsynced_neighbours", 2, 1, 16),
+]
+FEW_PACKED = [dataclasses.replace(p, page_size=None) for p in FEW]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_agrees_with_reference(problem, isa):
-    plan = problem.plan()
+def few_of(few, many):
+    """Parameters: `many` where that is quick, `few` everywhere."""
+    return few + [pytest.param(p, marks=pytest.mark.exhaustive) for p in many if p not in few]
+
+
+DTYPES = few_of([F16, BF16], [F32])
+
+
+def placed_on(backend):
+    return {"device": backend.device, "impl": backend.impl}
+
+
+def plan_for(problem, backend):
+    return problem.plan(**placed_on(backend))
+
+
+@pytest.mark.parametrize("problem", few_of(FEW, PROBLEMS), ids=str)
+def test_agrees_with_reference(problem, backend):
+    plan = plan_for(problem, backend)
     q, k, v = problem.inputs(plan)
     out, lse = hybrid_attention(q, k, v, plan, return_lse=True)
     (out64, lse64), (out_low, lse_low) = oracle(q, k, v, plan)
@@ -55,12 +85,12 @@ def test_agrees_with_reference(problem, isa):
     assert not out[blind.T].any()
 
 
-@pytest.mark.parametrize("problem", PACKED, ids=str)
-def test_gradients_agree_with_reference(problem, isa):
-    plan = problem.plan()
+@pytest.mark.parametrize("problem", few_of(FEW_PACKED, PACKED), ids=str)
+def test_gradients_agree_with_reference(problem, backend):
+    plan = plan_for(problem, backend)
     inputs = problem.inputs(plan)
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
-    dlse = torch.randn(plan.num_heads_q, plan.total_q)
+    dlse = torch.randn(plan.num_heads_q, plan.total_q).to(plan.device)
 
     def gradients(forward, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
@@ -82,16 +112,31 @@ def test_gradients_agree_with_reference(problem, isa):
         assert_within_budget(name, *values)
 
 
+@pytest.mark.parametrize("heads", [(130, 1), (33, 3)])
+def test_many_keys_for_few_rows_and_large_groups(heads, backend):
+    layouts = [SpanLayout.causal(1, 540), SpanLayout.from_spans(530, [2]), SpanLayout.causal(3, 3)]
+    num_heads = {"num_heads_q": heads[0], "num_heads_kv": heads[1], "head_dim": 16}
+    plan = AttentionPlan.pack(layouts, **num_heads, **placed_on(backend))
+    q, k, v = (
+        torch.randn(n, h, 16).to(backend.device)
+        for n, h in [(plan.total_q, heads[0]), *2 * [(plan.total_kv, heads[1])]]
+    )
+    out, lse = hybrid_attention(q, k, v, plan, return_lse=True)
+    (out64, lse64), (out_low, lse_low) = oracle(q, k, v, plan)
+    assert_within_budget("out", out, out64, out_low)
+    assert_within_budget("lse", lse, lse64, lse_low)
+
+
 def assert_same_bits(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("layouts", LAYOUTS)
-def test_outputs_are_written_whole(layouts, dtype, isa, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layouts", few_of(["empty_spans", "rows_that_see_nothing"], list(LAYOUTS)))
+def test_outputs_are_written_whole(layouts, dtype, backend, monkeypatch):
     problem = AttentionProblem(layouts, dtype=dtype)
-    plan = problem.plan()
+    plan = plan_for(problem, backend)
     q, k, v = problem.inputs(plan)
     expected = hybrid_attention(q, k, v, plan, return_lse=True)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -100,8 +145,9 @@ def test_outputs_are_written_whole(layouts, dtype, isa, monkeypatch):
     def nan_like(x, **kwargs):
         return torch.full_like(x, torch.nan, **kwargs)
 
-    def nan_of(x, shape, **kwargs):
-        return x.new_full(shape, torch.nan, **kwargs)
+    def nan_of(x, *shape, **kwargs):
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
+        return x.new_full(shape, torch.nan if x.is_floating_point() else 0, **kwargs)
 
     monkeypatch.setattr(torch, "empty_like", nan_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", nan_of)
@@ -128,12 +174,14 @@ def test_bits_ignore_the_number_of_threads(dtype, isa):
     assert_same_bits(run(2), run(1))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_bits_ignore_the_batch(dtype, isa):
-    layouts = [layout for batch in LAYOUTS.values() for layout in batch]
-    heads = {"num_heads_q": 3, "num_heads_kv": 1, "head_dim": 64}
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batches", few_of(["fewer_rows_than_keys"], ["all"]))
+def test_bits_ignore_the_batch(batches, dtype, backend):
+    names = LAYOUTS if batches == "all" else [batches]
+    layouts = [layout for name in names for layout in LAYOUTS[name]]
+    heads = {"num_heads_q": 3, "num_heads_kv": 1, "head_dim": 64, **placed_on(backend)}
     whole = AttentionPlan.pack(layouts, **heads)
-    q, k, v = (torch.randn(n, h, 64).to(dtype).requires_grad_() for n, h in
+    q, k, v = (torch.randn(n, h, 64).to(whole.device, dtype).requires_grad_() for n, h in
                ((whole.total_q, 3), (whole.total_kv, 1), (whole.total_kv, 1)))  # fmt: skip
     out, lse = hybrid_attention(q, k, v, whole, return_lse=True)
     dout = torch.randn_like(out)
@@ -150,12 +198,15 @@ def test_bits_ignore_the_batch(dtype, isa):
         row, key = rows.stop, keys.stop
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("chunk", [1, 5, 32, 100])
-def test_bits_ignore_how_a_sequence_is_split(chunk, dtype, isa):
-    num_keys, heads = 263, {"num_heads_q": 4, "num_heads_kv": 1, "head_dim": 48}
-    q, k, v = (torch.randn(num_keys, h, 48).to(dtype) for h in (4, 1, 1))
-    q *= torch.linspace(0.1, 10, num_keys)[:, None, None].to(dtype)  # maxima that rise often, never
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", few_of([32, 100], [1, 5]))
+def test_bits_ignore_how_a_sequence_is_split(chunk, dtype, backend):
+    num_keys = 263
+    heads = {"num_heads_q": 4, "num_heads_kv": 1, "head_dim": 48, **placed_on(backend)}
+    q, k, v = (torch.randn(num_keys, h, 48).to(backend.device, dtype) for h in (4, 1, 1))
+    rising = torch.linspace(0.1, 10, num_keys)[:, None, None]  # maxima that rise often, never
+    q *= rising.to(q)
+    heads["split_keys"] = False
     whole = AttentionPlan.pack([SpanLayout.causal(num_keys, num_keys)], **heads)
     expected = hybrid_attention(q, k, v, whole)
     for lo in range(0, num_keys, chunk):
@@ -164,10 +215,10 @@ def test_bits_ignore_how_a_sequence_is_split(chunk, dtype, isa):
         assert torch.equal(hybrid_attention(q[lo:hi], k[:hi], v[:hi], plan), expected[lo:hi])
 
 
-def test_bits_ignore_where_keys_lie(isa):
+def test_bits_ignore_where_keys_lie(backend):
     for page_size in (None, 16, 48):
         problem = AttentionProblem("several_syncs", page_size=page_size)
-        plan = problem.plan()
+        plan = plan_for(problem, backend)
         q, k, v = problem.inputs(plan)
         if page_size is None:
             packed, keys, values = plan, k, v
@@ -180,21 +231,21 @@ def test_bits_ignore_where_keys_lie(isa):
         assert torch.equal(hybrid_attention(q, k, v, plan), expected)
 
 
-def test_no_open_span_is_plain_causal_attention(isa):
-    n = 150
-    plan = AttentionPlan.pack([layout_of(n)], num_heads_q=4, num_heads_kv=2, head_dim=64)
-    q, k, v = (torch.randn(n, heads, 64) for heads in (4, 2, 2))
+def test_no_open_span_is_plain_causal_attention(backend):
+    n, heads = 150, {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 64}
+    plan = AttentionPlan.pack([layout_of(n)], **heads, **placed_on(backend))
+    q, k, v = (torch.randn(n, heads, 64).to(backend.device) for heads in (4, 2, 2))
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
     torch.testing.assert_close(hybrid_attention(q, k, v, plan), expected[0].transpose(0, 1))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_slices_of_a_fused_projection(dtype, isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_of_a_fused_projection(dtype, backend):
     problem = AttentionProblem("several_syncs", 6, 2, 40, dtype)
-    plan = problem.plan()
-    fused = torch.randn(plan.total_q, (6 + 2 + 2) * 40).to(dtype).requires_grad_()
+    plan = plan_for(problem, backend)
+    fused = torch.randn(plan.total_q, (6 + 2 + 2) * 40).to(plan.device, dtype).requires_grad_()
     slices = [x.unflatten(1, (-1, 40)) for x in fused.split([240, 80, 80], dim=1)]
     assert not slices[1].is_contiguous()
     out = hybrid_attention(*slices, plan)
@@ -207,9 +258,9 @@ def test_slices_of_a_fused_projection(dtype, isa):
     )
 
 
-def test_scale_and_large_scores(isa):
-    plan = AttentionProblem("many_spans").plan()
-    q, k, v = AttentionProblem("many_spans").inputs(plan)
+def test_scale_and_large_scores(backend):
+    plan = plan_for(AttentionProblem("empty_spans"), backend)
+    q, k, v = AttentionProblem("empty_spans").inputs(plan)
     for scale in (0.0, 1.0, 30.0):
         out, lse = hybrid_attention(q, k, v, plan, scale, return_lse=True)
         exact = reference.hybrid_attention(q.double(), k.double(), v.double(), plan, scale)
@@ -218,9 +269,9 @@ def test_scale_and_large_scores(isa):
         assert_within_budget("lse", lse, exact[1], low[1])
 
 
-def test_a_nan_row_stays_alone(isa):
-    plan = AttentionProblem("many_spans").plan()
-    q, k, v = AttentionProblem("many_spans").inputs(plan)
+def test_a_nan_row_stays_alone(backend):
+    plan = plan_for(AttentionProblem("empty_spans"), backend)
+    q, k, v = AttentionProblem("empty_spans").inputs(plan)
     expected = hybrid_attention(q, k, v, plan)
     q[5] = torch.nan
     out = hybrid_attention(q, k, v, plan)
@@ -315,9 +366,30 @@ def test_wrong_arguments_are_named(args, message):
         hybrid_attention(**args)
 
 
-def test_gradients_need_packed_keys():
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda q: q[:-1], r"q: expected .*\[158, 4, 64\], got .*\[157, 4, 64\]"),
+        ("k", lambda k: k[:, :1], r"k: expected .*\[158, 2, 64\], got .*\[158, 1, 64\]"),
+        ("v", lambda v: v[None], r"v: expected .*\[158, 2, 64\], got .*\[1, 158, 2, 64\]"),
+        ("q", lambda q: q.double(), "q.*: expected float32 or bfloat16.*got.*float64"),
+        ("k", lambda k: k.bfloat16(), "k.*: expected .*float32.*got.*bfloat16"),
+        ("v", lambda v: v.mT.contiguous().mT, "v: expected contiguous heads and elements"),
+        ("softmax_scale", lambda _: -0.5, "softmax_scale: expected >= 0, got -0.5"),
+    ],
+)
+def test_each_backend_names_wrong_arguments(name, change, message, backend):
+    problem = AttentionProblem("one_span")
+    plan = plan_for(problem, backend)
+    args = dict(zip("qkv", problem.inputs(plan), strict=True), plan=plan)
+    args[name] = change(args.get(name))
+    with pytest.raises(ValueError, match=message):
+        hybrid_attention(**args)
+
+
+def test_gradients_need_packed_keys(backend):
     problem = AttentionProblem("one_span", page_size=16)
-    plan = problem.plan()
+    plan = plan_for(problem, backend)
     q, k, v = problem.inputs(plan)
     out = hybrid_attention(q.requires_grad_(), k, v, plan)
     with pytest.raises(ValueError, match="plan: expected packed keys, got a page table"):

@@ -50,11 +50,14 @@ Size: TypeAlias = int | str | None
 """An exact size, or any size: a name is shown in messages, None is shown as `*`."""
 
 
-def select_impl(impl: Impl | str, device: torch.device, *, cuda_refuses: str = "") -> Impl:
+def select_impl(
+    impl: Impl | str, device: torch.device, *, cuda_refuses: str = "", triton_refuses: str = ""
+) -> Impl:
     """The implementation that runs, for tensors on `device`.
 
     Args:
         cuda_refuses: Why the CUDA kernel does not take these arguments: `AUTO` then goes to Triton.
+        triton_refuses: Why the op has no Triton kernel, where it has none.
 
     Raises:
         ValueError: The name is unknown, or this build has no such kernel for the device.
@@ -70,9 +73,10 @@ def select_impl(impl: Impl | str, device: torch.device, *, cuda_refuses: str = "
         choices = (Impl.CPU,) if device.type == "cpu" else (Impl.CUDA, Impl.TRITON)
     else:
         choices = (choice,)
+    refusals = {Impl.CUDA: cuda_refuses, Impl.TRITON: triton_refuses}
     reasons = []
     for choice in choices:
-        reason = _why_not(choice, device) or (cuda_refuses if choice is Impl.CUDA else "")
+        reason = _why_not(choice, device) or refusals.get(choice, "")
         if not reason:
             return choice
         reasons.append(f"{choice} is not available on {device}: {reason}")
@@ -95,7 +99,9 @@ def _why_not(impl: Impl, device: torch.device) -> str:
     if not _has_triton():
         return "triton is not installed"
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "" if interpreted or device.type == "cuda" else "it takes tensors on cuda"
+    if interpreted or device.type == "cuda":
+        return ""
+    return "it takes tensors on cuda, or with TRITON_INTERPRET=1 on cpu"
 
 
 @functools.cache

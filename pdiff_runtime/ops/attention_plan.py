@@ -57,6 +57,8 @@ class AttentionPlan:
         self.num_slots = handle.num_slots
         """Partial results that the parts of tiles with shared-out keys leave, per KV head."""
         self.num_key_tiles = handle.num_key_tiles
+        self.num_pages = handle.num_pages
+        """One more than the largest page id; 0 for packed keys."""
         self.words = torch.frombuffer(handle, dtype=torch.int32).to(device, non_blocking=True)
         """The plan as data, int32: what compiled graphs carry and kernels read."""
         self.address = self.words.data_ptr()

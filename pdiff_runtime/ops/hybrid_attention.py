@@ -9,7 +9,15 @@ from torch import Tensor
 
 from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
-from pdiff_runtime.ops._library import DTYPE_CODES, Impl, library, pointer, select_impl
+from pdiff_runtime.ops._library import (
+    DTYPE_CODES,
+    ELEMENT_TYPES,
+    Impl,
+    check_tensor,
+    library,
+    pointer,
+    select_impl,
+)
 from pdiff_runtime.ops.attention_plan import AttentionPlan
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -58,7 +66,8 @@ def hybrid_attention(
     the rest of the batch, nor on how a sequence is split over calls, nor on the number of threads.
 
     Args:
-        q: ``[total_q, num_heads_q, head_dim]`` float32 or bfloat16, rows of all sequences.
+        q: ``[total_q, num_heads_q, head_dim]`` float32 or bfloat16, on a GPU float16 too; rows of
+            all sequences.
         k: ``[total_kv, num_heads_kv, head_dim]``, or
             ``[num_pages, page_size, num_heads_kv, head_dim]`` if the plan has a page table.
         v: As ``k``.
@@ -78,6 +87,8 @@ def hybrid_attention(
         softmax_scale = plan.head_dim**-0.5
     lse: Tensor | None
     choice = _select(impl, q, plan)
+    if choice is Impl.TRITON:
+        _check(q, k, v, plan, softmax_scale, ELEMENT_TYPES[choice])
     if choice is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
     elif torch.compiler.is_compiling() or (
@@ -88,8 +99,13 @@ def hybrid_attention(
         )
     else:
         lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
-        words = (plan.address, plan.num_words)
-        out = _forward(q, k, v, words, plan.num_slots, softmax_scale, lse, choice)
+        if choice is Impl.TRITON:
+            from pdiff_runtime.ops import triton
+
+            out = triton.hybrid_attention(q, k, v, plan.words, softmax_scale, lse)
+        else:
+            words = (plan.address, plan.num_words)
+            out = _forward(q, k, v, words, plan.num_slots, softmax_scale, lse, choice)
     return (out, lse) if lse is not None and return_lse else out
 
 
@@ -103,6 +119,33 @@ def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
     if (choice is Impl.CPU) != (plan.impl is Impl.CPU):
         raise ValueError(f"plan: expected one packed for {choice}, got one for {plan.impl}")
     return choice
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    softmax_scale: float,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Raise unless the tensors are what the plan, whose words are on the device, expects."""
+    tokens_k: tuple[int, ...] = (plan.total_kv,)
+    if plan.page_size is not None:
+        tokens_k = (max(len(k), plan.num_pages), plan.page_size)
+    for name, x, dtype, shape in (
+        ("q", q, dtypes, (plan.total_q, plan.num_heads_q)),
+        ("k", k, q.dtype, (*tokens_k, plan.num_heads_kv)),
+        ("v", v, q.dtype, (*tokens_k, plan.num_heads_kv)),
+    ):
+        check_tensor(name, x, dtype, (*shape, plan.head_dim), plan.device, contiguous=False)
+        token = x[:1] if x.ndim == 3 else x[:1, :1]
+        if not token.is_contiguous():
+            raise ValueError(
+                f"{name}: expected contiguous heads and elements, got strides {x.stride()}"
+            )
+    if not softmax_scale >= 0:
+        raise ValueError(f"softmax_scale: expected >= 0, got {softmax_scale}")
 
 
 def _forward(
@@ -163,6 +206,10 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_slots: int, softmax_scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    if impl == Impl.TRITON:
+        from pdiff_runtime.ops import triton
+
+        return triton.hybrid_attention(q, k, v, plan, softmax_scale, lse), lse
     words = (plan.data_ptr(), plan.numel())
     return _forward(q, k, v, words, num_slots, softmax_scale, lse, Impl(impl)), lse
 
@@ -179,10 +226,16 @@ def _backward_op(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if impl != Impl.CPU:
-        raise NotImplementedError(impl)
     dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    if impl == Impl.TRITON:
+        from pdiff_runtime.ops import triton
+
+        if k.ndim == 4:
+            raise ValueError("plan: expected packed keys, got a page table")
+        return triton.hybrid_attention_backward(dout, dlse, q, k, v, out, lse, plan, softmax_scale)
+    if impl != Impl.CPU:
+        raise NotImplementedError(impl)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _C.hybrid_attention_backward(
         plan.data_ptr(),
@@ -257,8 +310,9 @@ def _no_second_derivative(ctx: Any, *_: Tensor | None) -> NoReturn:
     raise RuntimeError("hybrid_attention: has no second derivative")
 
 
-library.impl("hybrid_attention", _forward_op, "CPU")
-library.impl("hybrid_attention_backward", _backward_op, "CPU")
+for _key in ("CPU", "CUDA"):
+    library.impl("hybrid_attention", _forward_op, _key)
+    library.impl("hybrid_attention_backward", _backward_op, _key)
 torch.library.register_fake("pdiff::hybrid_attention", _forward_fake, lib=library)
 torch.library.register_fake("pdiff::hybrid_attention_backward", _backward_fake, lib=library)
 torch.library.register_autograd(

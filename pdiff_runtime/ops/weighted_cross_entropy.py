@@ -100,7 +100,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and parts; `dlogits`, if given, receives the gradient of the loss."""
     device = logits.device
-    choice = select_impl(impl, device)
+    choice = select_impl(impl, device, triton_refuses="this op has no Triton version")
     check_tensor(
         "logits",
         logits,

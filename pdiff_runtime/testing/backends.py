@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from pdiff_runtime.ops import Impl
-from pdiff_runtime.ops._library import select_impl
+from pdiff_runtime.ops._library import ELEMENT_TYPES, select_impl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,20 @@ class Backend:
         except ValueError as error:
             return str(error)
         return ""
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Element types it can be tested with."""
+        dtypes = ELEMENT_TYPES[self.impl]
+        if self.impl is Impl.TRITON and self.device.type == "cpu":
+            # Interpreted, matrix products of bfloat16 are wrong.
+            return tuple(dtype for dtype in dtypes if dtype is not torch.bfloat16)
+        return dtypes
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether hundreds of cases are no burden: nothing is interpreted, emulated or compiled."""
+        return self.impl is Impl.CPU or (self.impl is Impl.CUDA and self.device.type == "cuda")
 
 
 BACKENDS = tuple(Backend(impl) for impl in (Impl.CPU, Impl.CUDA, Impl.TRITON))

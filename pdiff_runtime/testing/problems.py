@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pdiff_runtime.ops import AttentionPlan
+from pdiff_runtime.ops import AttentionPlan, Impl
 from pdiff_runtime.plan import ControlTokens, SpanLayout
 
 TAGS = ControlTokens(
@@ -73,12 +73,19 @@ class AttentionProblem:
     page_size: int | None = None
 
     def __str__(self) -> str:
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        dtype = names[self.dtype]
         pages = f"-page{self.page_size}" if self.page_size else ""
         heads = f"h{self.num_heads_q}_{self.num_heads_kv}x{self.head_dim}"
         return f"{self.layouts}-{heads}-{dtype}{pages}"
 
-    def plan(self, seed: int = 0) -> AttentionPlan:
+    def plan(
+        self,
+        seed: int = 0,
+        *,
+        device: torch.device | str = "cpu",
+        impl: Impl | str = Impl.AUTO,
+    ) -> AttentionPlan:
         """The plan; pages are dealt out in random order with some left over."""
         layouts = LAYOUTS[self.layouts]
         table = None
@@ -97,10 +104,12 @@ class AttentionProblem:
             head_dim=self.head_dim,
             page_table=table,
             page_size=self.page_size,
+            device=device,
+            impl=impl,
         )
 
     def inputs(self, plan: AttentionPlan, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v. Page slots that hold no key are NaN."""
+        """Random q, k, v on the plan's device. Page slots that hold no key are NaN."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
@@ -109,7 +118,7 @@ class AttentionProblem:
         q = random(plan.total_q, self.num_heads_q, self.head_dim)
         if plan.page_table is None or plan.page_size is None:
             shape = (plan.total_kv, self.num_heads_kv, self.head_dim)
-            return q, random(*shape), random(*shape)
+            return q.to(plan.device), random(*shape).to(plan.device), random(*shape).to(plan.device)
         num_pages = int(plan.page_table.max()) + 2
         pages_k, pages_v = (
             torch.full((num_pages, plan.page_size, self.num_heads_kv, self.head_dim), torch.nan).to(
@@ -122,4 +131,4 @@ class AttentionProblem:
                 slot = table[key // plan.page_size], key % plan.page_size
                 pages_k[slot] = random(self.num_heads_kv, self.head_dim)
                 pages_v[slot] = random(self.num_heads_kv, self.head_dim)
-        return q, pages_k, pages_v
+        return q.to(plan.device), pages_k.to(plan.device), pages_v.to(plan.device)

@@ -1,0 +1,45 @@
+"""What a device offers, and how a kernel of matrix products is cut up for it."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+
+INTERPRETED_PROGRAMS = 3
+"""Few enough that each of them takes several turns."""
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+class Multiprocessors(NamedTuple):
+    """How many a device has, and the shared memory that one program may have there."""
+
+    num: int
+    shared_bytes: int
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> Multiprocessors:
+    """Of a GPU; when kernels are interpreted, of none in particular."""
+    if device.type == "cpu":
+        return Multiprocessors(INTERPRETED_PROGRAMS, HOPPER_SHARED_BYTES)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = driver.active.utils.get_device_properties(index)
+    return Multiprocessors(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+class Config(NamedTuple):
+    """Rows and keys of a block, warps of a program, and key tiles or row blocks in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Matrix products take powers of two, 16 at least."""
+    return max(16, triton.next_power_of_2(head_dim))
