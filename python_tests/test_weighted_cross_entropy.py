@@ -310,6 +310,13 @@ def test_a_wrong_argument_is_named(changed, message):
         ops.weighted_cross_entropy(**problem() | changed, normaliser=1.0)
 
 
+def test_there_is_no_triton_version(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="triton is not available.*has no Triton version"):
+        ops.weighted_cross_entropy(**problem(), normaliser=7.0, impl="triton")
+
+
 def test_reference_impl_is_the_reference():
     arguments = problem()
     result, gradient = loss_and_gradient(arguments, impl="reference")
