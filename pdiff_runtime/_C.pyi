@@ -236,6 +236,30 @@ def weighted_cross_entropy(
 ) -> None: ...
 
 # Built with CUDA only. Device tensors are addresses, too; nothing waits for the device.
+def rope_kv_write_cuda(
+    q: int,
+    k: int,
+    v: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    slots: int,
+    k_cache: int,
+    v_cache: int,
+    dtype: int,
+    positions_are_int64: bool,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    num_rows: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    max_position: int,
+    num_slots: int,
+    device_idx: int,
+    stream: int,
+) -> None: ...
 def weighted_cross_entropy_workspace_bytes(num_rows: int) -> int: ...
 def weighted_cross_entropy_cuda(
     logits: int,

@@ -7,19 +7,32 @@ import torch
 
 from pdiff_runtime import ops
 from pdiff_runtime.ops import reference
-from pdiff_runtime.testing import use_isa
+from pdiff_runtime.testing import BACKENDS, use_isa
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CPU, CUDA, _ = BACKENDS
 HEADS = [(1, 1), (4, 2), (7, 1)]
 MAX_POSITION = 70
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request):
+@pytest.fixture(params=["generic", "avx2", "avx512", "cuda"])
+def backend(request):
+    if request.param == "cuda":
+        if CUDA.missing:
+            pytest.skip(CUDA.missing)
+        yield CUDA
+        return
     with use_isa(request.param) as available:
         if not available:
             pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+        yield CPU
+
+
+@pytest.fixture
+def cuda():
+    if CUDA.missing:
+        pytest.skip(CUDA.missing)
+    return CUDA
 
 
 def problem(rows=9, num_heads_q=4, num_heads_kv=2, head_dim=16, dtype=F32, pages=(5, 4), seed=0):
@@ -49,34 +62,45 @@ def problem(rows=9, num_heads_q=4, num_heads_kv=2, head_dim=16, dtype=F32, pages
     }
 
 
-def clone(arguments):
+def clone(arguments, device="cpu"):
     """A copy of everything that keeps q, k and v slices of one buffer."""
-    copies = {name: x.clone() for name, x in arguments.items() if name not in "qkv"}
+    copies = {name: x.to(device, copy=True) for name, x in arguments.items() if name not in "qkv"}
     heads = [arguments[name].shape[1] for name in "qkv"]
-    fused = torch.cat([arguments[name] for name in "qkv"], dim=1)
+    fused = torch.cat([arguments[name] for name in "qkv"], dim=1).to(device)
     return dict(zip("qkv", fused.split(heads, dim=1), strict=True)) | copies
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def run(arguments, backend, without=()):
+    """The op where the backend's tensors live, without the arguments named; then back."""
+    there = clone(arguments, backend.device)
+    ops.rope_kv_write_(**there | dict.fromkeys(without), impl=backend.impl)
+    for name, x in there.items():
+        arguments[name].copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [2, 16, 40, 66, 128, 256])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_agrees_with_reference(heads, head_dim, dtype, index_dtype, isa):
+def test_agrees_with_reference(heads, head_dim, dtype, index_dtype, backend):
+    if dtype == F16 and backend is CPU:
+        pytest.skip("no float16 on the CPU")
     actual = problem(13, *heads, head_dim, dtype)
     actual["positions"] = actual["positions"].to(index_dtype)
     expected = clone(actual)
-    ops.rope_kv_write_(**actual)
+    run(actual, backend)
     reference.rope_kv_write_(**expected)
-    rounding = 1e-6 if dtype == F32 else 2**-7
+    rounding = {F32: 1e-6, BF16: 2**-7, F16: 2**-10}[dtype]
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=rounding, atol=rounding)
     assert torch.equal(actual["v_cache"], expected["v_cache"])
 
 
-def test_cache_holds_the_rotated_keys_and_nothing_else_changes(isa):
-    arguments = problem()
+@pytest.mark.parametrize("head_dim", [16, 66])
+def test_cache_holds_the_rotated_keys_and_nothing_else_changes(head_dim, backend):
+    arguments = problem(head_dim=head_dim, dtype=BF16)
     before = clone(arguments)
-    ops.rope_kv_write_(**arguments)
+    run(arguments, backend)
     slots = arguments["slots"]
     written = slots[slots >= 0]
     k_cache, v_cache = (arguments[name].flatten(0, 1) for name in ("k_cache", "v_cache"))
@@ -89,27 +113,77 @@ def test_cache_holds_the_rotated_keys_and_nothing_else_changes(isa):
     assert torch.equal(arguments["v"], before["v"])
 
 
-def test_without_caches_it_only_rotates(isa):
+def test_without_caches_it_only_rotates(backend):
     with_caches, without = problem(), problem()
-    ops.rope_kv_write_(**with_caches)
-    ops.rope_kv_write_(**without | {"v": None, "slots": None, "k_cache": None, "v_cache": None})
+    run(with_caches, backend)
+    run(without, backend, without=("v", "slots", "k_cache", "v_cache"))
     assert torch.equal(with_caches["q"], without["q"])
     assert torch.equal(with_caches["k"], without["k"])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 500])
-def test_thread_count_changes_no_bit(rows, isa):
+def test_thread_count_changes_no_bit(rows, backend):
     results = []
     before = torch.get_num_threads()
     try:
         for num_threads in (1, 2):
             torch.set_num_threads(num_threads)
             arguments = problem(rows, head_dim=64, pages=(40, 16))
-            ops.rope_kv_write_(**arguments)
+            run(arguments, backend)
             results.append(arguments)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("head_dim", [10, 128])
+@pytest.mark.parametrize("gap", [1, 8])
+def test_rows_and_buffers_may_start_anywhere(gap, head_dim, backend):
+    arguments = problem(head_dim=head_dim, dtype=BF16)
+    expected = clone(arguments)
+    run(expected, backend)
+    given = {}
+    for name, x in arguments.items():
+        size = [*x.shape[:1], x[0].numel() + (gap if name in "qkv" else 0)]
+        buffer = torch.full((gap + size[0] * size[1],), 5, dtype=x.dtype, device=backend.device)
+        rows = buffer[gap:].view(size)[:, : x[0].numel()].unflatten(1, x.shape[1:] or (1,))
+        given[name] = rows.view(x.shape) if x.ndim == 1 else rows
+        given[name].copy_(x)
+    ops.rope_kv_write_(**given, impl=backend.impl)
+    assert all(torch.equal(x.cpu(), expected[name]) for name, x in given.items())
+
+
+def test_cuda_skips_what_is_out_of_range(cuda):
+    arguments = problem()
+    arguments["slots"][5] = 20  # the cache ends
+    arguments["slots"][6] = -2
+    expected = clone(arguments)
+    arguments["positions"][1] = MAX_POSITION
+    arguments["positions"][2] = -1
+    expected["slots"][[1, 2, 5, 6]] = -1
+    run(arguments, cuda)
+    before = clone(expected)
+    run(expected, CPU)
+    for name in "qk":
+        expected[name][1:3] = before[name][1:3]
+    for name in ("q", "k", "v", "k_cache", "v_cache"):
+        torch.testing.assert_close(arguments[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: captures a graph")
+def test_a_captured_cuda_graph_follows_its_inputs(cuda):
+    arguments, expected = (clone(problem(dtype=BF16, head_dim=128), "cuda") for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    before = clone(arguments, "cuda")
+    ops.rope_kv_write_(**before)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        ops.rope_kv_write_(**arguments)
+    for given in (arguments, expected):
+        given["positions"].copy_(given["positions"].roll(1))
+    graph.replay()
+    ops.rope_kv_write_(**expected)
+    assert all(torch.equal(arguments[name], expected[name]) for name in arguments)
 
 
 @pytest.mark.parametrize(

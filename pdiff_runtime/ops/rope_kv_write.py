@@ -13,6 +13,7 @@ from pdiff_runtime.ops._library import (
     Impl,
     check_no_grad,
     check_tensor,
+    cuda_stream,
     library,
     pointer,
     select_impl,
@@ -39,13 +40,17 @@ def rope_kv_write_(
     projection's output.
 
     Args:
-        q: ``[rows, num_heads_q, head_dim]`` float32 or bfloat16, rotated in place.
+        q: ``[rows, num_heads_q, head_dim]`` float32 or bfloat16, on a GPU float16 too, rotated in
+            place.
         k: ``[rows, num_heads_kv, head_dim]``, rotated in place.
         v: ``[rows, num_heads_kv, head_dim]``; not read without caches.
         cos, sin: ``[max_position, head_dim / 2]`` float32.
         positions: ``[rows]`` int32 or int64.
         slots: ``[rows]`` int64, page * page_size + offset, each at most once; -1 is not written.
         k_cache, v_cache: ``[num_pages, page_size, num_heads_kv, head_dim]``; None rotates only.
+
+    On a GPU nothing waits for the device, so a position or slot out of range is not told: a row
+    whose position is out of range is left as it is, and a slot out of range is not written.
 
     Raises:
         ValueError: A shape, dtype, device, position or slot does not fit; nothing is written then.
@@ -98,12 +103,16 @@ def _run(
     if choice is Impl.REFERENCE:
         reference.rope_kv_write_(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
         return
-    _C.rope_kv_write(
+    arguments = (
         pointer(q), pointer(k), pointer(v), pointer(cos), pointer(sin), pointer(positions),
         pointer(slots), pointer(k_cache), pointer(v_cache), DTYPE_CODES[q.dtype],
         positions.dtype == torch.int64, q.stride(0), k.stride(0), 0 if v is None else v.stride(0),
-        rows, num_heads_q, num_heads_kv, head_dim, cos.shape[0], num_slots, torch.get_num_threads(),
+        rows, num_heads_q, num_heads_kv, head_dim, cos.shape[0], num_slots,
     )  # fmt: skip
+    if choice is Impl.CUDA:
+        _C.rope_kv_write_cuda(*arguments, *cuda_stream(device))
+    else:
+        _C.rope_kv_write(*arguments, torch.get_num_threads())
 
 
 def _check_rows(

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "pdiff/device.h"
 #include "pdiff/dtype.h"
 
 namespace pdiff {
@@ -10,6 +11,9 @@ namespace pdiff {
 /// pass. Half-split: element i of a head is rotated with element i + head_dim / 2.
 /// Numerics  float arithmetic, one rounding to the tensors' dtype; the cache holds rotated keys.
 /// Slots     two rows with the same slot are a race; the caller hands out each slot once.
+/// On a GPU  what is out of range can not be told: a row whose position is is left as it came and
+///           written nowhere, a row whose slot is is rotated and not written. num_threads is not
+///           read.
 struct RopeKvWriteParams {
   void* q;                // [num_rows, num_heads_q, head_dim], rows q_stride apart, written
   void* k;                // [num_rows, num_heads_kv, head_dim], rows k_stride apart, written
@@ -30,6 +34,10 @@ struct RopeKvWriteParams {
 
 namespace cpu {
 void rope_kv_write(const RopeKvWriteParams& params);  // throws pdiff::Error before any write
+}
+
+namespace cuda {
+void rope_kv_write(const RopeKvWriteParams& params, const CudaQueue& queue);
 }
 
 }  // namespace pdiff
