@@ -10,17 +10,19 @@ from pdiff_runtime.ops import Impl
 from pdiff_runtime.testing import Backend, use_isa
 
 GPU_IMPLS = (Impl.TRITON,)
-"""The GPU kernels that every op with a :func:`backend_fixture` has."""
+"""The GPU kernels of an op, unless its tests say otherwise."""
 
 
-def backend_fixture(isas: Sequence[str]) -> Callable[..., Iterator[Backend]]:
+def backend_fixture(
+    isas: Sequence[str], gpu_impls: Sequence[Impl] = GPU_IMPLS
+) -> Callable[..., Iterator[Backend]]:
     """A fixture of backends: the CPU once with each instruction set, then the GPU kernels.
 
     Of a test that takes it, cases whose `dtype` or `problem.dtype` the backend lacks are left out,
     and those marked `exhaustive` where it is not quick.
     """
 
-    @pytest.fixture(params=[*isas, *map(str, GPU_IMPLS)])
+    @pytest.fixture(params=[*isas, *map(str, gpu_impls)])
     def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         chosen = backend_of(request.param)
         if chosen.missing:
@@ -38,7 +40,7 @@ def backend_fixture(isas: Sequence[str]) -> Callable[..., Iterator[Backend]]:
 
 def backend_of(name: str) -> Backend:
     """Of a parameter of the fixture."""
-    return Backend(Impl(name) if name in GPU_IMPLS else Impl.CPU)
+    return Backend(Impl(name) if name in (Impl.CUDA, Impl.TRITON) else Impl.CPU)
 
 
 def is_left_out(item: pytest.Item) -> bool:
