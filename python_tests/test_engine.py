@@ -393,3 +393,12 @@ def test_ids_may_be_an_array(llm):
 def test_prompts_of_other_types_are_refused(llm, prompts):
     with pytest.raises(ValueError, match="prompts: expected"):
         llm.generate(prompts)
+
+
+@pytest.mark.parametrize("mode", ["planned", "ar", "diffusion"])
+def test_no_tensor_is_made_on_the_default_device(llm, mode):
+    """Each is made where the model is: with another default device nothing changes."""
+    params = GenerationParams(mode=mode, max_tokens=40, seed=3, temperature=0.7)
+    expected = llm.generate(PROMPT, params)[0].token_ids
+    with torch.device("meta"):
+        assert llm.generate(PROMPT, params)[0].token_ids == expected

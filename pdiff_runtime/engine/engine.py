@@ -69,6 +69,7 @@ class Engine:
                 num_layers=shape.num_layers, num_pages=num_pages, page_size=config.page_size,
                 num_heads_kv=shape.num_heads_kv, head_dim=shape.head_dim,
                 dtype=model.model.embed_tokens.weight.dtype,
+                device=model.model.embed_tokens.weight.device,
             ),
             banned_in_span=torch.tensor(sorted({*tags.banned_in_span, *banned_ids} - {tags.pad})),
             plan_masks=grammar.masks,

@@ -32,6 +32,7 @@ class LLM:
         tokenizer: None reads it from the checkpoint. Prompts given as token ids need none.
         config: Sizes of the engine.
         dtype: Of weights and computation when a checkpoint is loaded.
+        device: Where a checkpoint is loaded to; a decoder stays where it is.
 
     Attributes:
         default_params: What the checkpoint's ``generation_config.json`` recommends under "pdiff";
@@ -49,13 +50,14 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.default_params = GenerationParams()
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
         else:
             folder = resolve_checkpoint(model_or_path)
-            self.model = load_model(folder, dtype=dtype)
+            self.model = load_model(folder, dtype=dtype, device=device)
             self.default_params = _recommended(folder)
             if tokenizer is None and (folder / "tokenizer.json").is_file():
                 tokenizer = Tokenizer.from_dir(folder)

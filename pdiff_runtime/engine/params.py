@@ -132,7 +132,9 @@ class GenerationParams:
 
     def resolve_seed(self) -> int:
         """The seed, drawn now if none was given."""
-        return self.seed if self.seed is not None else int(torch.randint(MAX_SEED, ()))
+        if self.seed is not None:
+            return self.seed
+        return int(torch.randint(MAX_SEED, (), device="cpu"))
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -75,15 +75,16 @@ class Runner:
         max_logits_rows: int,
     ) -> None:
         self.model, self.cache = model, cache
-        self.banned_in_span = banned_in_span
-        self.plan_masks, self.ar_mask = plan_masks, ar_mask
+        self.device = cache.k[0].device
+        self.banned_in_span = banned_in_span.to(self.device)
+        self.plan_masks, self.ar_mask = plan_masks.to(self.device), ar_mask.to(self.device)
         self.max_logits_rows = max_logits_rows
         self._prepared: tuple[list[SpanLayout], PagedAttention] | None = None
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Predicted]:
         """Forward every row once; the results are in the order of ``works``."""
-        token_ids = torch.tensor([token_id for work in works for token_id in work.token_ids])
+        token_ids = self._tensor([token_id for work in works for token_id in work.token_ids])
         hidden = self.model(token_ids, self._attend(works))
         first_row = list(itertools.accumulate((len(w.positions) for w in works), initial=0))
         predicted: list[Predicted] = [Predicted()] * len(works)
@@ -126,13 +127,15 @@ class Runner:
         page_table = torch.tensor(
             [table.pages + [-1] * (max_pages - len(table.pages)) for table in tables],
             dtype=torch.int32,
+            device="cpu",
         )
         plan = ops.AttentionPlan.pack(
             layouts, num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
-            head_dim=config.head_dim, page_table=page_table, page_size=self.cache.page_size,
+            head_dim=config.head_dim, device=self.device, page_table=page_table,
+            page_size=self.cache.page_size,
         )  # fmt: skip
-        positions = torch.tensor([p for work in works for p in work.positions])
-        slots = torch.tensor(
+        positions = self._tensor([p for work in works for p in work.positions])
+        slots = self._tensor(
             [table.slot(p) for work, table in zip(works, tables, strict=True)
              for p in work.positions]
         )  # fmt: skip
@@ -154,7 +157,7 @@ class Runner:
             first_row[job.work_idx + 1] - len(work.mask_idx) + job.row_idx
             for job, work in zip(jobs, of_job, strict=True)
         ]
-        logits = self.model.logits(hidden[torch.tensor(rows)])
+        logits = self.model.logits(hidden[self._tensor(rows)])
         for row, (job, work) in enumerate(zip(jobs, of_job, strict=True)):
             mask_idx = work.mask_idx[job.row_idx]
             if work.request.params.mode == "ar":
@@ -164,17 +167,18 @@ class Runner:
         num = len(jobs)
         requests = [work.request for work in of_job]
         stats = ops.unmask_(
-            torch.zeros(num, dtype=torch.int64),
+            torch.zeros(num, dtype=torch.int64, device=self.device),
             logits,
-            torch.arange(num, dtype=torch.int32),
-            torch.arange(num + 1, dtype=torch.int32),
-            torch.ones(num, dtype=torch.int32),
-            seeds=torch.tensor([request.seed for request in requests]),
-            positions=_int32(
+            self._count(num),
+            self._count(num + 1),
+            self._tensor([1] * num, torch.int32),
+            seeds=self._tensor([request.seed for request in requests]),
+            positions=self._tensor(
                 [len(request.token_ids) + job.row_idx
-                 for job, request in zip(jobs, requests, strict=True)]
+                 for job, request in zip(jobs, requests, strict=True)],
+                torch.int32,
             ),
-            **_sampling(requests),
+            **self._sampling(requests),
         )  # fmt: skip
         yield from zip(jobs, stats.candidate.tolist(), stats.is_nan.tolist(), strict=True)
 
@@ -186,26 +190,46 @@ class Runner:
         rows = [job.first_row + p - job.span.lo - 1 for job in jobs for p in job.masked]
         cu_rows = list(itertools.accumulate((len(job.masked) for job in jobs), initial=0))
         requests = [job.request for job in jobs]
-        token_ids = torch.full((len(rows),), -1, dtype=torch.int64)
+        token_ids = torch.full((len(rows),), -1, dtype=torch.int64, device=self.device)
         stats = ops.unmask_(
             token_ids,
-            self.model.logits(hidden[torch.tensor(rows)]),
-            torch.arange(len(rows), dtype=torch.int32),
-            _int32(cu_rows),
-            _int32([job.quota for job in jobs]),
+            self.model.logits(hidden[self._tensor(rows)]),
+            self._count(len(rows)),
+            self._tensor(cu_rows, torch.int32),
+            self._tensor([job.quota for job in jobs], torch.int32),
             rule=RULES[rule].kernel_rule,
-            threshold=torch.tensor([request.params.threshold or 0.0 for request in requests]),
-            alg_temp=torch.tensor([request.params.alg_temp for request in requests]),
+            threshold=self._tensor([r.params.threshold or 0.0 for r in requests], torch.float32),
+            alg_temp=self._tensor([r.params.alg_temp for r in requests], torch.float32),
             banned_ids=self.banned_in_span,
-            seeds=torch.tensor([job.request.seed for job in jobs for _ in job.masked]),
-            step_idx=_int32([request.rounds[-1].step_idx for request in requests]),
-            positions=_int32(positions),
-            **_sampling(requests),
+            seeds=self._tensor([job.request.seed for job in jobs for _ in job.masked]),
+            step_idx=self._tensor([r.rounds[-1].step_idx for r in requests], torch.int32),
+            positions=self._tensor(positions, torch.int32),
+            **self._sampling(requests),
         )
         written, is_nan = token_ids.tolist(), stats.is_nan.tolist()
         for job, (lo, hi) in zip(jobs, itertools.pairwise(cu_rows), strict=True):
             pairs = zip(positions[lo:hi], written[lo:hi], strict=True)
             yield job, [(p, token_id) for p, token_id in pairs if token_id >= 0], any(is_nan[lo:hi])
+
+    def _sampling(self, requests: Sequence[Request]) -> _Sampling:
+        """Per-span sampling settings for the kernel."""
+        params = [request.params for request in requests]
+        return {
+            "temperature": self._tensor([p.temperature or 0.0 for p in params], torch.float32),
+            "top_p": self._tensor([p.top_p for p in params], torch.float32),
+            "top_k": self._tensor([p.top_k or 0 for p in params], torch.int32),
+        }
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Host numbers on the device of the model; a GPU gets them without a wait."""
+        if self.device.type == "cuda":
+            pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
+            return pinned.to(self.device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _count(self, end: int) -> Tensor:
+        """``0 .. end - 1``, int32."""
+        return torch.arange(end, dtype=torch.int32, device=self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,24 +261,10 @@ def _is(a: object, b: object) -> bool:
     return a is b
 
 
-def _int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 class _Sampling(TypedDict):
     temperature: Tensor
     top_p: Tensor
     top_k: Tensor
-
-
-def _sampling(requests: Sequence[Request]) -> _Sampling:
-    """Per-span sampling settings for the kernel."""
-    params = [request.params for request in requests]
-    return {
-        "temperature": torch.tensor([p.temperature or 0.0 for p in params]),
-        "top_p": torch.tensor([float(p.top_p) for p in params]),
-        "top_k": _int32([p.top_k or 0 for p in params]),
-    }
 
 
 def _parts(items: list[_RowJob], size: int) -> Iterator[list[_RowJob]]:
