@@ -20,67 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from measure import Timing, alternate
-from torch import Tensor
+from peers import dense_bias, inputs_of, peers_of, plan_of
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from workloads import ATTENTION, AttentionWorkload, long_document
 
-from pdiff_runtime.ops import AttentionPlan, hybrid_attention
+from pdiff_runtime.ops import hybrid_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def plan_of(workload: AttentionWorkload) -> AttentionPlan:
-    table, page_size = None, workload.page_size
-    if page_size is not None:
-        counts = [-(-layout.num_keys // page_size) for layout in workload.layouts]
-        pages = torch.randperm(sum(counts), dtype=torch.int32).split(counts)
-        table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True, padding_value=-1)
-    return AttentionPlan.pack(
-        workload.layouts,
-        num_heads_q=workload.num_heads_q,
-        num_heads_kv=workload.num_heads_kv,
-        head_dim=workload.head_dim,
-        page_table=table,
-        page_size=page_size,
-    )
-
-
-def inputs_of(plan: AttentionPlan, dtype: torch.dtype) -> list[Tensor]:
-    rows = (plan.total_q,)
-    keys = (plan.total_kv,)
-    if plan.page_table is not None and plan.page_size is not None:
-        keys = (int(plan.page_table.max()) + 1, plan.page_size)
-    shapes = [(*rows, plan.num_heads_q), (*keys, plan.num_heads_kv), (*keys, plan.num_heads_kv)]
-    return [torch.randn(*shape, plan.head_dim).to(dtype) for shape in shapes]
-
-
-def batch_mask(plan: AttentionPlan) -> Tensor:
-    return torch.block_diag(*(layout.dense_mask() for layout in plan.layouts)).bool()
-
-
-def peers_of(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[Tensor]]:
-    """``[1, heads, tokens, head_dim]`` q, k, v for SDPA: keys gathered and repeated."""
-    if plan.page_table is not None and plan.page_size is not None:
-        rows = [
-            table[: -(-layout.num_keys // plan.page_size)].long()
-            for table, layout in zip(plan.page_table, plan.layouts, strict=True)
-        ]
-        k, v = (
-            torch.cat(
-                [
-                    pool[pages].flatten(0, 1)[: layout.num_keys]
-                    for pages, layout in zip(rows, plan.layouts, strict=True)
-                ]
-            )
-            for pool in (k, v)
-        )
-    group_size = plan.num_heads_q // plan.num_heads_kv
-    batched = [x.transpose(0, 1).contiguous()[None] for x in (q, k, v)]
-    return {
-        "grouped": batched,
-        "repeated": [batched[0], *(x.repeat_interleave(group_size, 1) for x in batched[1:])],
-    }
 
 
 def report(
@@ -117,8 +64,8 @@ def bench_forward(benchmark, name, dtype, threads):
     plan = plan_of(workload)
     q, k, v = inputs_of(plan, DTYPES[dtype])
     peers = peers_of(plan, q, k, v)
-    mask = batch_mask(plan)
-    bias = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")).to(DTYPES[dtype])
+    bias = dense_bias(plan, DTYPES[dtype])
+    mask = bias == 0
     ours = functools.partial(hybrid_attention, q, k, v, plan)
     dense = functools.partial(scaled_dot_product_attention, *peers["repeated"], attn_mask=bias)
     torch.testing.assert_close(
@@ -155,8 +102,7 @@ def bench_backward(benchmark, name, dtype, threads):
     workload = ATTENTION[name]
     plan = plan_of(workload)
     q, k, v = inputs_of(plan, DTYPES[dtype])
-    mask = batch_mask(plan)
-    bias = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")).to(DTYPES[dtype])
+    bias = dense_bias(plan, DTYPES[dtype])
 
     def backward_of(leaves, out):
         dout = torch.randn_like(out)

@@ -10,13 +10,13 @@ temperature 1 and top-p 0.95 on logits so flat that most of the vocabulary stays
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from measure import alternate
-from torch import Tensor
+from peers import score_rows, torch_step
 
 from pdiff_runtime import ops
 
@@ -32,40 +32,6 @@ SETTINGS = {
 ROW_POSITION = torch.arange(ROWS, dtype=torch.int32)
 CU_ROWS_SPAN = torch.arange(NUM_SPANS + 1, dtype=torch.int32) * (ROWS // NUM_SPANS)
 NUM_UNMASK = torch.full((NUM_SPANS,), QUOTA, dtype=torch.int32)
-
-
-def filtered_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """Top-p, then top-k, by sorting."""
-    if top_p < 1.0:
-        ranked, order = logits.sort(dim=-1, descending=True)
-        probs = ranked.softmax(-1)
-        is_out = probs.cumsum(-1) - probs >= top_p
-        logits = logits.masked_fill(is_out.scatter(1, order, is_out), -torch.inf)
-    if top_k > 0:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return logits
-
-
-def score_rows(logits: Tensor, temperature: float = 0.0, **filters: float) -> tuple[Tensor, Tensor]:
-    """Confidence and candidate of each row, in plain torch."""
-    logits = logits.float()
-    if temperature > 0:
-        logits = logits / temperature
-    logits = filtered_logits(logits, **filters)
-    probs = logits.softmax(-1)
-    confidence = (probs * torch.log(probs + 1e-10)).sum(-1)
-    if temperature > 0:
-        return confidence, probs.multinomial(1)[:, 0]
-    return confidence, logits.argmax(-1)
-
-
-def torch_step(score: Callable[..., tuple[Tensor, Tensor]], token_ids: Tensor, logits: Tensor,
-               **settings: float) -> None:  # fmt: skip
-    """What `unmask_` does, span by span."""
-    confidence, candidate = score(logits, **settings)
-    for lo, hi in itertools.pairwise(CU_ROWS_SPAN.tolist()):
-        best = lo + confidence[lo:hi].topk(QUOTA).indices
-        token_ids[ROW_POSITION[best].long()] = candidate[best]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,14 +57,18 @@ def bench_unmask(benchmark, name, dtype, threads):
     if name == "greedy":
         assert torch.equal(stats.candidate, candidate)
 
+    def peer(score) -> None:
+        torch_step(
+            score, token_ids, next(turns), ROW_POSITION, CU_ROWS_SPAN.tolist(), QUOTA, **settings
+        )
+
     calls = {
         "unmask_": ours,
-        "eager": lambda: torch_step(score_rows, token_ids, next(turns), **settings),
+        "eager": functools.partial(peer, score_rows),
         "one read": lambda: next(turns).view(torch.float32).sum(),
     }
     if name == "greedy":
-        compiled = torch.compile(score_rows)
-        calls["compiled"] = lambda: torch_step(compiled, token_ids, next(turns), **settings)
+        calls["compiled"] = functools.partial(peer, torch.compile(score_rows))
     timings = alternate(calls, max_seconds=20.0)
     read = timings["one read"].seconds
     for peer, timing in timings.items():

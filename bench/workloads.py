@@ -56,6 +56,48 @@ def paper_documents(num_tokens: int) -> tuple[SpanLayout, ...]:
     return tuple(layouts)
 
 
+def long_documents(num_tokens: int, scale: int = 1) -> tuple[SpanLayout, ...]:
+    """Documents of two rounds of 4 to 12 spans of 200 to 800, together `num_tokens`.
+
+    Everything is `scale` times shorter.
+    """
+    draw = random.Random(0)
+    layouts, left = [], num_tokens
+    while left > 0:
+        parts: list[int | str] = []
+        size = 0
+        for _ in range(2):
+            parts.append(draw.randint(200, 600) // scale)
+            parts += [str(draw.randint(200, 800) // scale) for _ in range(draw.randint(4, 12))]
+            parts.append("sync")
+        while (size := sum(1 if part == "sync" else int(part) for part in parts)) > left:
+            parts.pop()
+        parts.append(left - size if left - size < 2000 // scale else 100 // scale)
+        layouts.append(layout_of(*parts))
+        left -= layouts[-1].num_rows
+    return tuple(layouts)
+
+
+def gpu_attention(
+    scale: int = 1, heads: tuple[int, int, int] = (28, 4, 128)
+) -> dict[str, AttentionWorkload]:
+    """Shapes of a model of 7 billion parameters; lengths and batches are `scale` times smaller."""
+    num_tokens, context, requests = 32_768 // scale, 2048 // scale, max(2, 32 // scale)
+    span = max(4, context // 32)
+    step = SpanLayout.from_spans(context, [span] * 4)
+    return {
+        "long": AttentionWorkload(long_documents(num_tokens, min(scale, 32)), *heads),
+        "paper": AttentionWorkload(paper_documents(num_tokens), *heads),
+        "denoise": AttentionWorkload((step,) * requests, *heads, page_size=64),
+        "answers": AttentionWorkload(
+            (SpanLayout.causal(1, 2 * context),) * (4 * requests), *heads, page_size=64
+        ),
+        "prompts": AttentionWorkload(
+            (SpanLayout.causal(context // 4, context),) * 2, *heads, page_size=64
+        ),
+    }
+
+
 ATTENTION: Mapping[str, AttentionWorkload] = {
     "long": AttentionWorkload((long_document(4096),), 8, 2, 128),
     "paper": AttentionWorkload(paper_documents(4096), 8, 2, 128),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 from on_backends import is_left_out
@@ -21,6 +25,25 @@ TINY_TAGS = ControlTokens(
     topic_start=50, topic_end=51, async_start=52, async_end=53, sync=54, mask=55, pad=56, eos=57,
     digits=tuple(range(40, 50)),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def device_survives() -> Iterator[None]:
+    """A kernel's fault shows in the test that launched it; a lost GPU fails no other test."""
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        try:
+            torch.cuda.synchronize()  # works again unless the process has lost the device
+        except RuntimeError:
+            print(f"CUDA device lost: {error}", file=sys.stderr, flush=True)
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)  # another worker goes on with the tests that are left
+            pytest.exit(f"CUDA device lost: {error}", returncode=3)
+        raise
 
 
 @pytest.fixture

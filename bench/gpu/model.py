@@ -1,0 +1,232 @@
+"""A model of 7 billion parameters with random weights: single steps, and whole answers.
+
+Steps are timed as a captured graph (device time) and eager (time on the wall, issuing included).
+Whole answers: prompt of 512 tokens, 8 topics of 40 tokens, half as many steps as a span has tokens,
+batch 1, against the published algorithm over the same weights. The weights are arranged so that the
+model writes that plan by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from device import DEVICE, ON_GPU, Call, synchronize
+from published import Published
+from records import Bench, Work
+from torch import Tensor
+
+from pdiff_runtime import LLM, ControlTokens, Decoder, EngineConfig, GenerationParams, ops
+from pdiff_runtime.cache import KVCache
+from pdiff_runtime.engine.runner import PagedAttention
+from pdiff_runtime.models import ModelConfig
+from pdiff_runtime.plan import SpanLayout
+
+DREAM_7B = ModelConfig(
+    vocab_size=152_064, hidden_size=3584, num_layers=28, num_heads_q=28, num_heads_kv=4,
+    head_dim=128, intermediate_size=18_944, rope_theta=1e6, qkv_bias=True, max_position=8192,
+    model_type="Dream",
+)  # fmt: skip
+TINY = ModelConfig(
+    vocab_size=640, hidden_size=64, num_layers=2, num_heads_q=4, num_heads_kv=2, head_dim=16,
+    intermediate_size=96, qkv_bias=True, max_position=2048, model_type="Dream",
+)  # fmt: skip
+TAGS = ControlTokens(
+    topic_start=600, topic_end=601, async_start=602, async_end=603, sync=604, mask=605, pad=606,
+    eos=607, digits=tuple(range(15, 25)),
+)  # fmt: skip
+PROMPT_END, WORDS, NUM_TOPICS = 100, (200, 201), 8
+PAGE_SIZE = 64
+
+
+def run(bench: Bench) -> None:
+    """Steps first: they say more, and take less time."""
+    with torch.inference_mode():
+        model = random_model(TINY if bench.is_tiny else DREAM_7B)
+    context, spans = (40, (8, 6)) if bench.is_tiny else (1024, (60,) * 5)
+    body = functools.partial(_step, bench, "denoise step", model, context, spans)
+    bench.case("denoise step", body)
+    body = functools.partial(_step, bench, "autoregressive step", model, 2 * context, None)
+    bench.case("autoregressive step", body)
+    bench.case("whole answer", functools.partial(_answers, bench, model))
+
+
+def random_model(config: ModelConfig) -> Decoder:
+    """Random weights under which `PROMPT_END` starts a plan of `NUM_TOPICS` topics.
+
+    What a row holds is mostly its own token's embedding, so that a row of the head that resembles
+    it makes one token follow another.
+    """
+    with torch.device("meta"):
+        model = Decoder(config).to(torch.bfloat16)
+    model = model.to_empty(device=DEVICE).eval().requires_grad_(False)
+    model.reset_rope(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            std = 1.0 if "embed_tokens" in name else 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * config.num_layers) ** 0.5
+            parameter.normal_(0.0, std, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    digit = TAGS.digits[4]
+    follows = [PROMPT_END, TAGS.topic_start, *WORDS, digit, TAGS.topic_end, TAGS.topic_start]
+    strength = 8.0 / config.hidden_size**0.5  # against noise of 0.02 * sqrt(hidden_size)
+    for before, after in itertools.pairwise(follows):
+        head[after] += strength * embedding[before]
+    head[TAGS.eos] += 0.5 * strength * embedding[TAGS.topic_end]
+    return model
+
+
+class Step:
+    """One forward over the last rows of a request, its logits, and `unmask_`; can be captured.
+
+    Args:
+        model: The decoder.
+        context: Tokens whose keys and values are there.
+        spans: Lengths of the open spans, tags included; None for one new token.
+    """
+
+    def __init__(self, model: Decoder, context: int, spans: tuple[int, ...] | None) -> None:
+        layout = SpanLayout.from_spans(context, spans) if spans else SpanLayout.causal(1, context)
+        config = model.config
+        num_keys, num_rows = layout.num_keys, layout.num_rows
+        num_pages = -(-num_keys // PAGE_SIZE)
+        cache = KVCache(
+            num_layers=config.num_layers, num_pages=num_pages, page_size=PAGE_SIZE,
+            num_heads_kv=config.num_heads_kv, head_dim=config.head_dim, dtype=torch.bfloat16,
+            device=DEVICE,
+        )  # fmt: skip
+        for pages in (*cache.k, *cache.v):
+            pages.normal_()
+        plan = ops.AttentionPlan.pack(
+            [layout], num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
+            head_dim=config.head_dim, device=DEVICE, page_size=PAGE_SIZE,
+            page_table=torch.arange(num_pages, dtype=torch.int32)[None],
+        )  # fmt: skip
+        self.model = model
+        self.token_ids = torch.randint(0, 500, (num_keys + 1,), device=DEVICE)
+        self.positions = torch.arange(num_keys - num_rows, num_keys, device=DEVICE)
+        self.attend = PagedAttention(plan, cache, model, self.positions, self.positions)
+        first, rows, cu_rows = 0, [], [0]
+        for length in spans or (1,):
+            num = max(1, length - 2)  # the row before a position predicts it
+            rows += range(first, first + num)
+            cu_rows.append(cu_rows[-1] + num)
+            first += length
+        self.rows = torch.tensor(rows, device=DEVICE)
+        self.row_position = (self.positions[self.rows] + 1).int()
+        self.cu_rows = torch.tensor(cu_rows, dtype=torch.int32, device=DEVICE)
+        self.num_unmask = torch.full_like(self.cu_rows[1:], 2)
+        self.banned_ids = torch.tensor(sorted(TAGS.banned_in_span), device=DEVICE)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """The logits; the most certain tokens are written to `token_ids`."""
+        hidden = self.model(self.token_ids[self.positions], self.attend)
+        logits = self.model.logits(hidden[self.rows])
+        ops.unmask_(
+            self.token_ids, logits, self.row_position, self.cu_rows, self.num_unmask,
+            banned_ids=self.banned_ids,
+        )  # fmt: skip
+        return logits
+
+    def captured(self) -> Callable[[], object]:
+        """The step as one graph; on a CPU as it is."""
+        if not ON_GPU:
+            return self
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self()
+        synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        return graph.replay
+
+
+def _step(
+    bench: Bench, name: str, model: Decoder, context: int, spans: tuple[int, ...] | None
+) -> None:
+    step = Step(model, context, spans)
+    token_ids = step.token_ids.clone()
+    expected = step().float()
+    eager_ms = wall_ms(step, 10)
+    bench.value(f"{name}, eager, on the wall", str(bench.impls[0]), eager_ms, "ms")
+    replay = step.captured()
+    step.token_ids.copy_(token_ids)
+    replay()
+    written = step.token_ids.clone()
+    step.token_ids.copy_(token_ids)
+    again = step().float()
+
+    def check() -> None:
+        assert torch.equal(written, step.token_ids), "replay and eager write different tokens"
+        assert expected.isfinite().all(), "logits are not finite"
+        torch.testing.assert_close(again, expected)
+
+    bench.check(f"{name}, captured", str(bench.impls[0]), check)
+    if spans:
+        size = 2 * sum(p.numel() for p in model.model.layers.parameters())
+        head = 2 * model.lm_head.weight.numel()
+        work = Work(size * len(step.positions) + head * len(step.rows), "TFLOP/s")
+    else:  # every weight is read once
+        weights = [*model.model.layers.parameters(), model.lm_head.weight]
+        work = Work(sum(p.nbytes for p in weights), "GB/s")
+    bench.measure(f"{name}, captured", {str(bench.impls[0]): Call(lambda _: replay())}, work)
+
+
+def _answers(bench: Bench, model: Decoder) -> None:
+    num_prompt, number = (20, 4) if bench.is_tiny else (512, 4)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(300, 500, (num_prompt,), generator=generator).tolist()
+    prompt = [*text, PROMPT_END]
+    topic = [TAGS.topic_start, *WORDS, TAGS.digits[number], TAGS.topic_end]
+    script = topic * NUM_TOPICS + [TAGS.eos]
+
+    llm = LLM(
+        model, tags=TAGS,
+        config=EngineConfig(max_topics=NUM_TOPICS, kv_cache_tokens=8192, page_size=PAGE_SIZE),
+    )  # fmt: skip
+    params = GenerationParams(max_tokens=1024, steps_ratio=0.5, top_k=50, seed=0)
+    published = Published(model, TAGS, steps_ratio=0.5, top_k=50)
+    ours = lambda: llm.generate(prompt, params)[0]  # noqa: E731
+    theirs = lambda: published.generate(prompt, script)  # noqa: E731
+
+    output, sequence = ours(), theirs()
+    print(f"ours {output.usage}, published {published.num_forwards} forwards")
+
+    def check() -> None:
+        lengths = [length for plan_round in output.rounds for length in plan_round.lengths]
+        assert lengths == [10 * number] * NUM_TOPICS, f"another plan was written: {lengths}"
+        assert len(prompt) + len(output.token_ids) == len(sequence), "answers differ in length"
+
+    name = str(bench.impls[0])
+    bench.check("whole answer", name, check)
+    times: dict[str, list[float]] = {"ours": [], "published": []}
+    for _ in range(5 if ON_GPU else 1):  # by turns
+        times["ours"].append(wall_ms(ours, 1))
+        times["published"].append(wall_ms(theirs, 1))
+    medians = {who: sorted(ms)[len(ms) // 2] for who, ms in times.items()}
+    bench.value("whole answer", name, medians["ours"], "ms")
+    bench.value("whole answer", "published, eager torch", medians["published"], "ms")
+    ratio = medians["published"] / medians["ours"]
+    bench.value("whole answer against the published algorithm", name, ratio, "x")
+
+
+def wall_ms(call: Callable[[], object], num_rounds: int) -> float:
+    """Median milliseconds on the host's clock, from an idle device to an idle device."""
+    samples = []
+    for _ in range(num_rounds):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        samples.append(1e3 * (time.perf_counter() - start))
+    return sorted(samples)[len(samples) // 2]

@@ -1,0 +1,67 @@
+"""What the plan of a batch costs: built on the host, and on the device from its token ids."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from bench_attention_plan import TAGS, rounds_of_spans
+from device import DEVICE, ON_GPU, Call
+from peers import plan_of
+from records import Bench
+from workloads import gpu_attention
+
+from pdiff_runtime.ops import AttentionPlan
+from pdiff_runtime.plan import SpanLayout
+
+HEADS = {"num_heads_q": 28, "num_heads_kv": 4, "head_dim": 128}
+
+
+def run(bench: Bench) -> None:
+    """Training batches of 32k tokens in 1k segments, then a denoise step."""
+    bench.case("attention plan", functools.partial(_training, bench))
+    bench.case("attention plan, denoise", functools.partial(_denoise, bench))
+
+
+def _training(bench: Bench) -> None:
+    tokens = rounds_of_spans(*((512, 20, 4) if bench.is_tiny else (32_768, 1000, 8)))
+    for impl in bench.impls:
+
+        def on_host(impl=impl) -> AttentionPlan:
+            layout = SpanLayout.from_tokens(tokens, TAGS)
+            return AttentionPlan.pack([layout], **HEADS, device=DEVICE, impl=impl)
+
+        bench.value("attention plan on the host, layout included", impl, _host_us(on_host), "us")
+    if not hasattr(AttentionPlan, "from_tokens"):
+        bench.add({"workload": "attention plan on the device", "impl": "cuda",
+                   "skipped": "AttentionPlan.from_tokens is not there"})  # fmt: skip
+        return
+    on_device = torch.from_numpy(tokens).to(DEVICE)
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=DEVICE)
+    calls = {
+        str(impl): Call(
+            lambda _, impl=impl: AttentionPlan.from_tokens(
+                on_device, cu_seqlens, TAGS, **HEADS, impl=impl
+            )
+        )
+        for impl in bench.impls
+    }
+    bench.measure("attention plan on the device", calls)
+
+
+def _denoise(bench: Bench) -> None:
+    workload = gpu_attention(128 if bench.is_tiny else 1)["denoise"]
+    for impl in bench.impls:
+        build = functools.partial(plan_of, workload, impl=impl, device=DEVICE)
+        bench.value("attention plan of a denoise step", impl, _host_us(build), "us")
+
+
+def _host_us(build: functools.partial[AttentionPlan]) -> float:
+    """Median microseconds on the host; the copy to the device is only issued."""
+    samples = []
+    for _ in range(30 if ON_GPU else 5):
+        start = time.perf_counter()
+        build()
+        samples.append(1e6 * (time.perf_counter() - start))
+    return sorted(samples)[len(samples) // 2]

@@ -1,0 +1,221 @@
+"""Rows of results: what was timed, against which ceiling, peer and target."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from device import DEVICE, ON_GPU, Call, Timing, alternate, ceilings, synchronize
+
+from pdiff_runtime.ops import Impl
+from pdiff_runtime.testing import BACKENDS
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """On one H200: what must, should and could be reached."""
+
+    floor: float
+    target: float
+    stretch: float
+    unit: str  # "TFLOP/s" and "x" want more, "us" and "ms" less
+
+    def met(self, value: float) -> str:
+        """The best of the three that the value reaches."""
+        more = self.unit in ("TFLOP/s", "x")
+        reached = "below floor"
+        for name in ("floor", "target", "stretch"):
+            bound = getattr(self, name)
+            if value >= bound if more else value <= bound:
+                reached = name
+        return reached
+
+
+TARGETS: Mapping[str, Target] = {
+    "attention forward, long": Target(300, 480, 560, "TFLOP/s"),
+    "attention backward, long": Target(180, 330, 400, "TFLOP/s"),
+    "attention forward, paper": Target(170, 280, 380, "TFLOP/s"),
+    "attention backward, paper": Target(90, 180, 240, "TFLOP/s"),
+    "attention both ways against FlexAttention, long": Target(1.2, 2.0, 2.5, "x"),
+    "attention both ways against FlexAttention, paper": Target(1.2, 2.0, 2.5, "x"),
+    "attention plan on the device": Target(50, 20, 10, "us"),
+    "attention forward, denoise": Target(830, 550, 450, "us"),
+    "attention forward, answers": Target(415, 315, 275, "us"),
+    "attention forward, mixed batch of separate launches": Target(1.0, 0.85, 0.7, "of the sum"),
+    "unmask, entropy and argmax": Target(110, 85, 78, "us"),
+    "unmask, select and scatter": Target(10, 6, 4, "us"),
+    "weighted cross-entropy in place": Target(1050, 680, 620, "us"),
+    "denoise step, captured": Target(12, 9, 7.8, "ms"),
+    "autoregressive step, captured": Target(5, 4, 3.7, "ms"),
+    "whole answer against the published algorithm": Target(1.8, 2.5, 3.0, "x"),
+}
+"""By workload, for our CUDA implementation."""
+
+TO_UNIT = {"us": 1e3, "ms": 1.0}  # from milliseconds
+
+
+@dataclasses.dataclass
+class Work:
+    """What a call does, for its rate: so many floating-point operations, or bytes."""
+
+    amount: float
+    unit: str  # "TFLOP/s" or "GB/s"
+
+
+class Bench:
+    """Times cases, and appends a row for each call to a file of JSON lines as it goes.
+
+    Args:
+        path: The file; None keeps rows in memory only.
+        is_tiny: Shapes that run anywhere in a moment.
+        seconds: When these are over, no further case starts.
+    """
+
+    def __init__(self, path: Path | None, *, is_tiny: bool, seconds: float) -> None:
+        self.path, self.is_tiny = path, is_tiny
+        self.deadline = time.monotonic() + seconds
+        self.rows: list[Row] = []
+        self.num_failed = 0
+
+    @property
+    def impls(self) -> list[Impl]:
+        """Ours, the first being what ratios refer to: the GPU's, or what stands in for them."""
+        missing = {str(b.impl): b.missing for b in BACKENDS}
+        ours = [Impl.CUDA, Impl.TRITON] if ON_GPU else [Impl.CUDA, Impl.TRITON, Impl.CPU]
+        for impl in ours:
+            if missing[impl] and not any(r["impl"] == impl and "skipped" in r for r in self.rows):
+                self.add({"workload": "all", "impl": str(impl), "skipped": missing[impl]})
+        return [impl for impl in ours if not missing[impl]]
+
+    def case(self, workload: str, body: Callable[[], None]) -> None:
+        """Run the body if there is time; its failure is a row, and the next case goes on."""
+        if time.monotonic() > self.deadline:
+            self.add({"workload": workload, "impl": "all", "skipped": "no time left"})
+            return
+        try:
+            body()
+        except Exception as error:
+            self.fail(workload, "all", error)
+        finally:
+            gc.collect()
+            if ON_GPU:
+                torch.cuda.empty_cache()
+
+    def fail(self, workload: str, impl: str, error: BaseException) -> None:
+        """A row that says what went wrong. Raises again if the device is lost."""
+        if isinstance(error, NotImplementedError):
+            reason = f"not implemented: {error}"
+            self.add({"workload": workload, "impl": str(impl), "skipped": reason})
+            return
+        traceback.print_exception(error)
+        self.num_failed += 1
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        self.add({"workload": workload, "impl": str(impl), "failed": lines[0][:200]})
+        synchronize()
+
+    def check(self, workload: str, impl: str, check: Callable[[], object]) -> None:
+        """Compare with the reference before anything is timed; a failure is a row."""
+        try:
+            check()
+            synchronize()
+        except Exception as error:
+            self.fail(workload, impl, error)
+
+    def measure(
+        self,
+        workload: str,
+        calls: Mapping[str, Call],
+        work: Work | None = None,
+        *,
+        max_seconds: float = 2.0,
+    ) -> dict[str, Timing]:
+        """Time calls by turns and add a row for each; one that raises is left out."""
+        able = {}
+        ours_first = sorted(calls, key=lambda name: name not in map(str, Impl))
+        for name, call in ((name, calls[name]) for name in ours_first):
+            if time.monotonic() > self.deadline and able:
+                self.add({"workload": workload, "impl": name, "skipped": "no time left"})
+                continue
+            try:
+                if call.prepare is not None:
+                    call.prepare(0)
+                call.run(0)
+                synchronize()
+                able[name] = call
+            except Exception as error:
+                self.fail(workload, name, error)
+        num_rounds = 30 if ON_GPU else 2
+        timings = alternate(able, num_rounds=num_rounds, max_seconds=max_seconds)
+        ours = next((timings[impl] for impl in map(str, self.impls) if impl in timings), None)
+        for name, timing in timings.items():
+            row: Row = {"workload": workload, "impl": name, **dataclasses.asdict(timing)}
+            if work is not None:
+                per_ms = {"TFLOP/s": 1e9, "GB/s": 1e6}[work.unit]
+                rate = work.amount / timing.ms / per_ms
+                row |= {"rate": rate, "unit": work.unit, "share": rate / ceilings()[work.unit]}
+            if ours is not None:
+                row["ratio"] = timing.ms / ours.ms
+            target = TARGETS.get(workload)
+            if target is not None and name == str(self.impls[0]):
+                in_time = target.unit in TO_UNIT
+                value = timing.ms * TO_UNIT[target.unit] if in_time else row["rate"]
+                row |= self._judged(target, value)
+            self.add(row)
+        return timings
+
+    def value(self, workload: str, impl: str, value: float, unit: str) -> None:
+        """Add a row for a number that is no time of its own: a ratio, a count."""
+        row: Row = {"workload": workload, "impl": impl, "value": value, "unit": unit}
+        if target := TARGETS.get(workload):
+            row |= self._judged(target, value)
+        self.add(row)
+
+    def _judged(self, target: Target, value: float) -> Row:
+        row: Row = {"target": dataclasses.asdict(target), "value": value}
+        if ON_GPU and not self.is_tiny:
+            row["met"] = target.met(value)
+        return row
+
+    def add(self, row: Row) -> None:
+        """Keep a row, print it, and append it to the file."""
+        self.rows.append(row)
+        print(text_of(row), flush=True)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def text_of(row: Row) -> str:
+    """One line of the table."""
+    line = f"{row['workload'][:46]:46} {row['impl'][:20]:20}"
+    for reason in ("skipped", "failed"):
+        if reason in row:
+            return f"{line} {reason}: {row[reason]}"
+    if "ms" in row:
+        in_us = row["ms"] < 1
+        time_text = f"{1e3 * row['ms']:8.1f} us" if in_us else f"{row['ms']:8.2f} ms"
+        line += f"{time_text} ±{100 * row['spread']:2.0f}%"
+        if "rate" in row:
+            line += f" {row['rate']:5.0f} {row['unit']:7} {100 * row['share']:3.0f}%"
+        if "ratio" in row:
+            line += f" {row['ratio']:5.2f}x"
+    else:
+        line += f"{row['value']:10.2f} {row['unit']}"
+    if target := row.get("target"):
+        bounds = "/".join(f"{target[name]:g}" for name in ("floor", "target", "stretch"))
+        line += f"  [{bounds} {target['unit']}] {row.get('met', '')}"
+    return line
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Standard normal numbers on the device."""
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)

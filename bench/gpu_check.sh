@@ -1,0 +1,179 @@
+#!/usr/bin/env bash
+# Everything that can only be told on a GPU, in one command and under ten minutes: build, tests,
+# benches, sanitizers.
+#
+#   bench/gpu_check.sh [--smoke] [STAGE...]
+#
+# Stages, in this order: build tests rows attention model suite memcheck racecheck synccheck
+# initcheck. Without one, all. Each has a time limit; one that fails is reported, and the next goes
+# on. `tests` are the cases with a CUDA or Triton kernel, `suite` is the rest of the test-suite.
+#
+#   --smoke          tiny shapes on the CPU, CUDA kernels emulated: the way through every stage
+#   OUT              where results.json, table.txt and log.txt go [bench/results/<gpu>]
+#   SECONDS_IN_ALL   no stage runs beyond these [560]
+#   PYTHON           the interpreter that has torch [python3]
+#   PDIFF_CUDA_ARCHITECTURES   what to build for [the GPU that is there]
+#
+# Needs torch, cmake, ninja and pybind11, and no network. Exit status: the number of failed stages.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 100
+
+readonly work="$PWD/build/gpu-check"
+readonly site="$work/site" rows="$work/rows.jsonl" stages="$work/stages.tsv"
+readonly all_stages=(build tests rows attention model suite memcheck racecheck synccheck initcheck)
+readonly python="${PYTHON:-python3}"
+readonly skipped=77
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=passive
+smoke="${GPU_CHECK_SMOKE:-}"
+
+# Seconds a stage may take.
+limit_of() {
+  case "$1" in
+    build) echo 170 ;;
+    tests) echo 150 ;;
+    rows) echo 90 ;;
+    attention) echo 130 ;;
+    model) echo 100 ;;
+    suite) echo 120 ;;
+    *check) echo 60 ;;
+  esac
+}
+
+has_module() { "$python" -c "import $1" 2>/dev/null; }
+
+# -- stages: each runs in a process of its own, with $limit seconds -------------------------------
+
+stage_build() {
+  rm -rf "$site"
+  if [[ -n $smoke ]]; then
+    export PDIFF_CMAKE_ARGS="-DPDIFF_EMULATE_CUDA=ON -DPDIFF_WERROR=ON"
+  else
+    local capability
+    capability="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)"
+    export PDIFF_WITH_CUDA=ON
+    export PDIFF_CUDA_ARCHITECTURES="${PDIFF_CUDA_ARCHITECTURES:-$capability-real}"
+  fi
+  "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-index \
+    --no-deps --target "$site" . || return 1
+  PYTHONPATH="$site" "$python" -P -m pdiff_runtime.serve.cli check-env
+}
+
+pytest() {
+  local options=(-q -p no:cacheprovider)
+  if [[ -z $smoke ]] && has_module xdist; then options+=(-n 6 --dist worksteal); fi
+  if has_module pytest_timeout; then options+=(--timeout=100); fi
+  has_module pytest || { echo "no pytest"; return "$skipped"; }
+  OMP_NUM_THREADS=2 "$python" -P -m pytest "${options[@]}" "$@"
+}
+
+stage_tests() {
+  if [[ -n $smoke ]]; then
+    pytest python_tests/test_attention_plan.py python_tests/test_cuda_code.py
+  else
+    pytest python_tests -k "cuda or triton or Triton"
+  fi
+}
+
+stage_suite() {
+  if [[ -n $smoke ]]; then
+    pytest python_tests/test_schedule.py
+  else
+    pytest python_tests -k "not (cuda or triton or Triton)"
+  fi
+}
+
+bench() {
+  "$python" bench/gpu "$@" --out "$rows" --seconds "$((limit - 15))" ${smoke:+--smoke}
+}
+
+stage_rows() { bench machine plan unmask cross_entropy rope; }
+stage_attention() { bench attention; }
+stage_model() { bench model; }
+
+sanitizer() {
+  local command=("$python" bench/gpu/smallest.py)
+  if command -v compute-sanitizer >/dev/null && [[ -z $smoke ]]; then
+    command=(compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "${command[@]}")
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${command[@]}"
+  elif [[ -n $smoke ]]; then
+    "${command[@]}"
+  else
+    echo "no compute-sanitizer"
+    return "$skipped"
+  fi
+}
+
+stage_memcheck() { sanitizer memcheck; }
+stage_racecheck() { sanitizer racecheck; }
+stage_synccheck() { sanitizer synccheck; }
+stage_initcheck() { sanitizer initcheck; }
+
+if [[ ${1:-} == --run ]]; then # this script calls itself, so that a limit ends the whole stage
+  limit="$3"
+  [[ $2 == build ]] || export PYTHONPATH="$site"
+  "stage_$2"
+  exit
+fi
+
+# -- one after another ----------------------------------------------------------------------------
+
+wanted=()
+for argument in "$@"; do
+  case "$argument" in
+    --smoke) smoke=1 ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    *)
+      if [[ " ${all_stages[*]} " != *" $argument "* ]]; then
+        echo "no such stage: $argument; there are ${all_stages[*]}" >&2
+        exit 100
+      fi
+      wanted+=("$argument")
+      ;;
+  esac
+done
+((${#wanted[@]})) || wanted=("${all_stages[@]}")
+export GPU_CHECK_SMOKE="$smoke"
+
+if [[ -n $smoke ]]; then
+  out="${OUT:-$work/results}"
+else
+  gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)"
+  [[ -n $gpu ]] || { echo "no NVIDIA GPU here; --smoke runs on the CPU" >&2; exit 100; }
+  gpu="${gpu,,}"
+  out="${OUT:-bench/results/${gpu// /-}}"
+fi
+readonly out budget="${SECONDS_IN_ALL:-560}"
+mkdir -p "$work" "$out"
+rm -f "$rows" "$out/log.txt"
+: >"$stages"
+
+num_failed=0
+for name in "${all_stages[@]}"; do
+  [[ " ${wanted[*]} " == *" $name "* ]] || continue
+  limit="$(limit_of "$name")" left=$((budget - SECONDS)) start="$SECONDS" status=0
+  if ((left < 20)); then
+    printf '%s\tskipped\t0\tno time left\n' "$name" >>"$stages"
+    continue
+  fi
+  ((limit <= left)) || limit="$left"
+  echo "==> $name, at most $limit s"
+  log="$work/$name.log"
+  timeout --kill-after=5 "$limit" "$BASH" "$0" --run "$name" "$limit" >"$log" 2>&1 || status=$?
+  case "$status" in
+    0) outcome=ok ;;
+    "$skipped") outcome=skipped ;;
+    124 | 137) outcome=timeout ;;
+    *) outcome=failed ;;
+  esac
+  note="$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c 1-150)"
+  printf '%s\t%s\t%d\t%s\n' "$name" "$outcome" "$((SECONDS - start))" "$note" >>"$stages"
+  { echo "==> $name: $outcome"; cat "$log"; } >>"$out/log.txt"
+  if [[ $outcome == failed || $outcome == timeout ]]; then
+    num_failed=$((num_failed + 1))
+    grep -aE '^(FAILED|ERROR|E  |.*(Error|error:|crashed))' "$log" | cut -c 1-200 | tail -n 12
+  fi
+done
+
+PYTHONPATH="$site" "$python" bench/gpu/report.py "$rows" "$stages" "$out/results.json" |
+  tee "$out/table.txt"
+exit "$num_failed"

@@ -1,0 +1,125 @@
+"""What a torch user would write instead of our ops, and inputs in the shape it needs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from workloads import AttentionWorkload
+
+from pdiff_runtime.ops import AttentionPlan, Impl
+
+# -- hybrid attention ----------------------------------------------------------------------------
+
+
+def plan_of(
+    workload: AttentionWorkload, *, impl: Impl = Impl.AUTO, device: torch.device | str = "cpu"
+) -> AttentionPlan:
+    """The plan of a workload, its pages dealt out at random."""
+    table, page_size = None, workload.page_size
+    if page_size is not None:
+        counts = [-(-layout.num_keys // page_size) for layout in workload.layouts]
+        generator = torch.Generator().manual_seed(0)
+        pages = torch.randperm(sum(counts), generator=generator).int().split(counts)
+        table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True, padding_value=-1)
+    return AttentionPlan.pack(
+        workload.layouts,
+        num_heads_q=workload.num_heads_q,
+        num_heads_kv=workload.num_heads_kv,
+        head_dim=workload.head_dim,
+        device=device,
+        page_table=table,
+        page_size=page_size,
+        impl=impl,
+    )
+
+
+def inputs_of(plan: AttentionPlan, dtype: torch.dtype) -> list[Tensor]:
+    """Random q, k, v where the plan is."""
+    rows = (plan.total_q,)
+    keys = (plan.total_kv,)
+    if plan.page_table is not None and plan.page_size is not None:
+        keys = (int(plan.page_table.max()) + 1, plan.page_size)
+    shapes = [(*rows, plan.num_heads_q), (*keys, plan.num_heads_kv), (*keys, plan.num_heads_kv)]
+    return [torch.randn(*s, plan.head_dim, device=plan.device).to(dtype) for s in shapes]
+
+
+def gathered(plan: AttentionPlan, pool: Tensor) -> Tensor:
+    """``[total_kv, num_heads_kv, head_dim]``: the keys of all sequences, out of their pages."""
+    if plan.page_table is None or plan.page_size is None:
+        return pool
+    return torch.cat(
+        [
+            pool[table[: -(-layout.num_keys // plan.page_size)].long().to(pool.device)]
+            .flatten(0, 1)[: layout.num_keys]
+            for table, layout in zip(plan.page_table, plan.layouts, strict=True)
+        ]
+    )  # fmt: skip
+
+
+def peers_of(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[Tensor]]:
+    """``[1, heads, tokens, head_dim]`` q, k, v for SDPA: keys gathered and repeated."""
+    group_size = plan.num_heads_q // plan.num_heads_kv
+    tensors = (q, gathered(plan, k), gathered(plan, v))
+    batched = [x.transpose(0, 1).contiguous()[None] for x in tensors]
+    return {
+        "grouped": batched,
+        "repeated": [batched[0], *(x.repeat_interleave(group_size, 1) for x in batched[1:])],
+    }
+
+
+def dense_bias(plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
+    """``[total_q, total_kv]``: 0 where the row sees the key, else -inf."""
+    bias = torch.full((plan.total_q, plan.total_kv), -torch.inf, dtype=dtype, device=plan.device)
+    row = key = 0
+    for layout in plan.layouts:
+        mask = layout.dense_mask().to(plan.device)
+        bias[row : row + layout.num_rows, key : key + layout.num_keys].masked_fill_(mask, 0.0)
+        row, key = row + layout.num_rows, key + layout.num_keys
+    return bias
+
+
+# -- unmask --------------------------------------------------------------------------------------
+
+
+def filtered_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """Top-p, then top-k, by sorting."""
+    if top_p < 1.0:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        probs = ranked.softmax(-1)
+        is_out = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(is_out.scatter(1, order, is_out), -torch.inf)
+    if top_k > 0:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    return logits
+
+
+def score_rows(logits: Tensor, temperature: float = 0.0, **filters: float) -> tuple[Tensor, Tensor]:
+    """Confidence and candidate of each row, in plain torch."""
+    logits = logits.float()
+    if temperature > 0:
+        logits = logits / temperature
+    logits = filtered_logits(logits, **filters)
+    probs = logits.softmax(-1)
+    confidence = (probs * torch.log(probs + 1e-10)).sum(-1)
+    if temperature > 0:
+        return confidence, probs.multinomial(1)[:, 0]
+    return confidence, logits.argmax(-1)
+
+
+def torch_step(
+    score: Callable[..., tuple[Tensor, Tensor]],
+    token_ids: Tensor,
+    logits: Tensor,
+    row_position: Tensor,
+    cu_rows_span: list[int],
+    quota: int,
+    **settings: float,
+) -> None:
+    """What `unmask_` does, span by span, `quota` positions each."""
+    confidence, candidate = score(logits, **settings)
+    for lo, hi in itertools.pairwise(cu_rows_span):
+        best = lo + confidence[lo:hi].topk(quota).indices
+        token_ids[row_position[best].long()] = candidate[best]
