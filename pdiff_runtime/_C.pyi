@@ -168,6 +168,29 @@ def hybrid_attention_backward(
     num_threads: int,
 ) -> None: ...
 
+# Built with CUDA only; nothing waits for the device.
+def hybrid_attention_workspace_bytes(num_slots: int, num_heads_kv: int, head_dim: int) -> int: ...
+def hybrid_attention_cuda(
+    plan_address: int,
+    num_slots: int,
+    dtype: int,
+    q: int,
+    q_shape: Sequence[int],
+    q_strides: Sequence[int],
+    k: int,
+    k_shape: Sequence[int],
+    k_strides: Sequence[int],
+    v: int,
+    v_shape: Sequence[int],
+    v_strides: Sequence[int],
+    out: int,
+    lse: int,
+    softmax_scale: float,
+    workspace: int,
+    device_idx: int,
+    stream: int,
+) -> None: ...
+
 # Row kernels. Tensors are addresses, 0 for None; a per-span setting is (address, value).
 def unmask(
     token_ids: int,

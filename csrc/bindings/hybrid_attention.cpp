@@ -146,11 +146,67 @@ void backward(int64_t plan_address, int64_t plan_words, int32_t dtype, int64_t q
   hybrid_attention_backward(params);
 }
 
+#if PDIFF_WITH_CUDA
+// Sizes come from the tensors: the plan is in device memory.
+void forward_cuda(int64_t plan, int32_t num_slots, int32_t dtype, int64_t q_address,
+                  const py::tuple& q_shape, const py::tuple& q_strides, int64_t k_address,
+                  const py::tuple& k_shape, const py::tuple& k_strides, int64_t v_address,
+                  const py::tuple& v_shape, const py::tuple& v_strides, int64_t out, int64_t lse,
+                  float softmax_scale, int64_t workspace, int device_idx, int64_t stream) {
+  const TensorArg q("q", q_address, q_shape, q_strides);
+  const TensorArg k("k", k_address, k_shape, k_strides);
+  const TensorArg v("v", v_address, v_shape, v_strides);
+  PDIFF_CHECK(q.num_dims == 3, "q: expected [total_q, num_heads_q, head_dim], got ",
+              q.shape_text());
+  PDIFF_CHECK(k.num_dims == 3 || k.num_dims == 4, "k: expected 3 or 4 dimensions, got ",
+              k.shape_text());
+  const bool paged = k.num_dims == 4;
+  const int token_dim = paged ? 1 : 0;
+  const int64_t head_dim = q.shape[2], num_heads_kv = k.shape[token_dim + 1];
+  check_rows(q, q.shape[1], head_dim);
+  for (const TensorArg* x : {&k, &v}) {
+    const bool fits = x->num_dims == k.num_dims && x->shape[0] == k.shape[0] &&
+                      x->shape[1] == k.shape[1] && x->shape[token_dim + 1] == num_heads_kv &&
+                      x->shape[token_dim + 2] == head_dim;
+    PDIFF_CHECK(fits, x->name, ": expected the shape of k and the head_dim of q (", head_dim,
+                "), got ", x->shape_text());
+    check_rows(*x, num_heads_kv, head_dim);
+  }
+  const cuda::HybridAttentionParams params{
+      .plan = reinterpret_cast<const int32_t*>(plan),
+      .num_slots = num_slots,
+      .dtype = static_cast<DType>(dtype),
+      .total_q = static_cast<int32_t>(q.shape[0]),
+      .num_heads_q = static_cast<int32_t>(q.shape[1]),
+      .num_heads_kv = static_cast<int32_t>(num_heads_kv),
+      .head_dim = static_cast<int32_t>(head_dim),
+      .page_size = paged ? static_cast<int32_t>(k.shape[1]) : 0,
+      .q = q.data,
+      .k = k.data,
+      .v = v.data,
+      .out = reinterpret_cast<void*>(out),
+      .lse = reinterpret_cast<float*>(lse),
+      .q_stride = q.strides[0],
+      .k_stride = k.strides[token_dim],
+      .v_stride = v.strides[token_dim],
+      .k_page_stride = paged ? k.strides[0] : 0,
+      .v_page_stride = paged ? v.strides[0] : 0,
+      .softmax_scale = softmax_scale,
+      .workspace = reinterpret_cast<void*>(workspace)};
+  py::gil_scoped_release release;
+  cuda::hybrid_attention(params, {device_idx, reinterpret_cast<void*>(stream)});
+}
+#endif
+
 }  // namespace
 
 void bind_hybrid_attention(py::module_& m) {
   m.def("hybrid_attention", &forward);
   m.def("hybrid_attention_backward", &backward);
+#if PDIFF_WITH_CUDA
+  m.def("hybrid_attention_workspace_bytes", &cuda::hybrid_attention_workspace_bytes);
+  m.def("hybrid_attention_cuda", &forward_cuda);
+#endif
 }
 
 }  // namespace pdiff::bindings

@@ -18,7 +18,7 @@ using namespace pdiff::cuda;
 using pdiff::bfloat16;
 
 // The elements of every block of a tile, as its lanes get them, back in row-major order.
-template <int kRows, int kColumns>
+template <int kRows, int kColumns, BlockOrder kOrder>
 __global__ void blocks_kernel(const bfloat16* x, int64_t stride, int num_rows, uint32_t* plain,
                               uint32_t* transposed) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
@@ -30,7 +30,7 @@ __global__ void blocks_kernel(const bfloat16* x, int64_t stride, int num_rows, u
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
-  const BlockReader<kColumns> reader(lane);
+  const BlockReader<kColumns, kOrder> reader(lane);
   if (thread >= kWarpSize) return;
   for (int row = 0; row < kRows; row += 16) {
     for (int column = 0; column < kColumns; column += 16) {
@@ -38,17 +38,19 @@ __global__ void blocks_kernel(const bfloat16* x, int64_t stride, int num_rows, u
       reader.load(a, tile, row, column);
       reader.load_transposed(b, tile, row, column);
       for (int i = 0; i < 4; ++i) {
-        const int r = row + lane / 4 + i % 2 * 8, c = column + lane % 4 * 2 + i / 2 * 8;
+        const bool is_down = kOrder == BlockOrder::kDown;
+        const int down = (is_down ? i % 2 : i / 2) * 8, along = (is_down ? i / 2 : i % 2) * 8;
+        const int r = row + lane / 4 + down, c = column + lane % 4 * 2 + along;
         plain[(r * kColumns + c) / 2] = a[i];
         // Matrix i lies at the same place; its column g is this lane's row.
-        const int rt = row + lane % 4 * 2 + i % 2 * 8, ct = column + lane / 4 + i / 2 * 8;
+        const int rt = row + lane % 4 * 2 + down, ct = column + lane / 4 + along;
         transposed[(ct * kRows + rt) / 2] = b[i];
       }
     }
   }
 }
 
-template <int kRows, int kColumns>
+template <int kRows, int kColumns, BlockOrder kOrder>
 void check_blocks() {
   const int num_rows = kRows - 5;
   const int64_t stride = kColumns + 24;
@@ -57,8 +59,8 @@ void check_blocks() {
   for (bfloat16& element : x) element.bits = static_cast<uint16_t>(random());
   std::vector<uint16_t> plain(kRows * kColumns, 1), transposed(kRows * kColumns, 1);
   pdiff::emulation::statistics() = {};
-  launch(blocks_kernel<kRows, kColumns>, {"blocks", 1, 128, kTileBytes<kRows, kColumns>}, {},
-         x.data(), stride, num_rows, reinterpret_cast<uint32_t*>(plain.data()),
+  launch(blocks_kernel<kRows, kColumns, kOrder>, {"blocks", 1, 128, kTileBytes<kRows, kColumns>},
+         {}, x.data(), stride, num_rows, reinterpret_cast<uint32_t*>(plain.data()),
          reinterpret_cast<uint32_t*>(transposed.data()));
   bool is_right = true;
   for (int row = 0; row < kRows; ++row) {
@@ -74,8 +76,10 @@ void check_blocks() {
 }
 
 TEST(blocks_of_tiles_are_fragments) {
-  check_blocks<64, 128>();
-  check_blocks<128, 64>();
+  check_blocks<64, 128, BlockOrder::kDown>();
+  check_blocks<128, 64, BlockOrder::kDown>();
+  check_blocks<64, 64, BlockOrder::kAlong>();
+  check_blocks<16, 128, BlockOrder::kAlong>();
 }
 
 TEST(division_is_exact) {

@@ -59,7 +59,10 @@ class AttentionPlan:
         self.num_key_tiles = handle.num_key_tiles
         self.num_pages = handle.num_pages
         """One more than the largest page id; 0 for packed keys."""
-        self.words = torch.frombuffer(handle, dtype=torch.int32).to(device, non_blocking=True)
+        words = torch.frombuffer(handle, dtype=torch.int32)
+        if device.type == "cuda":
+            words = words.pin_memory()  # or the copy would wait for the device
+        self.words = words.to(device, non_blocking=True)
         """The plan as data, int32: what compiled graphs carry and kernels read."""
         self.address = self.words.data_ptr()
         self.num_words = self.words.numel()
@@ -101,7 +104,9 @@ class AttentionPlan:
                 implementation is not available on the device.
         """
         device = torch.device(device)
-        choice = select_impl(impl, device)
+        choice = select_impl(
+            impl, device, cuda_refuses=_cuda_refuses(num_heads_q, num_heads_kv, head_dim)
+        )
         if (page_table is None) != (page_size is None):
             raise ValueError(
                 "page_table, page_size: expected both or neither, "
@@ -136,3 +141,12 @@ class AttentionPlan:
             f"AttentionPlan({len(self.layouts)} sequences, {self.total_q} rows, "
             f"{self.total_kv} keys, heads {self.num_heads_q}/{self.num_heads_kv} x {self.head_dim})"
         )
+
+
+def _cuda_refuses(num_heads_q: int, num_heads_kv: int, head_dim: int) -> str:
+    """Why the CUDA kernels do not take these heads; empty if they do."""
+    if head_dim not in (64, 128):
+        return f"expected head_dim 64 or 128, got {head_dim}"
+    if num_heads_kv > 0 and num_heads_q // num_heads_kv > 128:
+        return f"expected at most 128 query heads for a key head, got {num_heads_q}/{num_heads_kv}"
+    return ""

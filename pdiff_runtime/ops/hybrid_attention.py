@@ -14,6 +14,7 @@ from pdiff_runtime.ops._library import (
     ELEMENT_TYPES,
     Impl,
     check_tensor,
+    cuda_stream,
     library,
     pointer,
     select_impl,
@@ -21,6 +22,7 @@ from pdiff_runtime.ops._library import (
 from pdiff_runtime.ops.attention_plan import AttentionPlan
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @overload
@@ -87,8 +89,9 @@ def hybrid_attention(
         softmax_scale = plan.head_dim**-0.5
     lse: Tensor | None
     choice = _select(impl, q, plan)
-    if choice is Impl.TRITON:
-        _check(q, k, v, plan, softmax_scale, ELEMENT_TYPES[choice])
+    if choice in (Impl.CUDA, Impl.TRITON):
+        dtypes = _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES[choice]
+        _check(q, k, v, plan, softmax_scale, dtypes)
     if choice is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
     elif torch.compiler.is_compiling() or (
@@ -113,6 +116,8 @@ def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
     """The implementation that runs: by default the one that the plan was packed for."""
     if impl is Impl.AUTO and plan.impl is Impl.CPU:  # spared the checks on every call
         return Impl.CPU
+    if impl is Impl.AUTO and plan.impl is Impl.CUDA and q.dtype is torch.float32 and q.is_cuda:
+        impl = Impl.TRITON  # walks the same plan
     choice = select_impl(plan.impl if impl is Impl.AUTO else impl, q.device)
     if choice is Impl.REFERENCE or plan.impl is Impl.REFERENCE:
         return Impl.REFERENCE
@@ -159,8 +164,8 @@ def _forward(
     impl: Impl,
 ) -> Tensor:
     """`plan` is the address and number of the plan's words."""
-    if impl is not Impl.CPU:
-        raise NotImplementedError(impl)
+    if impl is Impl.CUDA:
+        return _forward_cuda(q, k, v, plan[0], num_slots, softmax_scale, lse)
     dtype = q.dtype
     if not (k.dtype is dtype and v.dtype is dtype and dtype in _CPU_DTYPES):
         raise ValueError(
@@ -188,6 +193,40 @@ def _forward(
         pointer(lse),
         softmax_scale,
         torch.get_num_threads(),
+    )
+    return out
+
+
+def _forward_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_address: int,
+    num_slots: int,
+    softmax_scale: float,
+    lse: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    num_bytes = _C.hybrid_attention_workspace_bytes(num_slots, k.shape[-2], q.shape[-1])
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
+    _C.hybrid_attention_cuda(
+        plan_address,
+        num_slots,
+        DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        q.shape,
+        q.stride(),
+        k.data_ptr(),
+        k.shape,
+        k.stride(),
+        v.data_ptr(),
+        v.shape,
+        v.stride(),
+        out.data_ptr(),
+        pointer(lse),
+        softmax_scale,
+        workspace.data_ptr(),
+        *cuda_stream(q.device),
     )
     return out
 

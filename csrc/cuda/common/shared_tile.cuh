@@ -26,6 +26,32 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * (kColumns * 2) + (piece ^ row % 8) * kPieceBytes;
 }
 
+/// 16 bytes in global memory; where not `valid`, zeros stand for them.
+struct SourcePiece {
+  const void* data;
+  bool valid = true;
+};
+
+/// Starts to copy the tile's pieces, each a SourcePiece that `piece_at(row, piece)` returns.
+/// kThreads threads take part, `thread` is 0 to kThreads - 1; a thread asks for one and the same
+/// piece of several rows. The caller commits, waits and meets the others.
+template <int kRows, int kColumns, int kThreads, typename PieceAt>
+__device__ __forceinline__ void copy_pieces_async(unsigned char* tile, int thread,
+                                                  const PieceAt& piece_at) {
+  constexpr int kPieces = kColumns / kPieceElements, kRowsAtOnce = kThreads / kPieces;
+  static_assert(kThreads % kPieces == 0 && kRows % kRowsAtOnce == 0);
+  const unsigned id = static_cast<unsigned>(thread);  // so that quotients are shifts
+  const int piece = static_cast<int>(id % kPieces), first_row = static_cast<int>(id / kPieces);
+  const int first = piece_offset<kColumns>(first_row, piece);
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+    const int rows = i * kRowsAtOnce;  // a sum with first_row has no carry: bits are permuted alone
+    const int offset = (first ^ rows % 8 * kPieceBytes) + rows * (kColumns * 2);
+    const SourcePiece source = piece_at(first_row + rows, piece);
+    copy_async_16(tile + offset, source.data, source.valid);
+  }
+}
+
 /// A row in global memory; where not `valid`, zeros stand for it.
 template <typename T>
 struct SourceRow {
@@ -33,35 +59,48 @@ struct SourceRow {
   bool valid = true;
 };
 
-/// Starts to copy the tile's rows, each a SourceRow that `row_at(row)` returns. kThreads threads
-/// take part, `thread` is 0 to kThreads - 1. The caller commits, waits and meets the others.
+/// The same by rows: `row_at(row)` returns a SourceRow.
 template <int kRows, int kColumns, int kThreads, typename RowAt>
 __device__ __forceinline__ void copy_rows_async(unsigned char* tile, int thread,
                                                 const RowAt& row_at) {
-  constexpr int kPieces = kColumns / kPieceElements, kRowsAtOnce = kThreads / kPieces;
-  static_assert(kThreads % kPieces == 0 && kRows % kRowsAtOnce == 0);
-  const int piece = thread % kPieces, first_row = thread / kPieces;
-#pragma unroll
-  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-    const int row = first_row + i * kRowsAtOnce;
+  copy_pieces_async<kRows, kColumns, kThreads>(tile, thread, [&](int row, int piece) {
     const auto source = row_at(row);
-    copy_async_16(tile + piece_offset<kColumns>(row, piece), source.data + piece * kPieceElements,
-                  source.valid);
-  }
+    return SourcePiece{source.data + piece * kPieceElements, source.valid};
+  });
 }
 
-/// Reads 16 x 16 blocks of a tile as fragments (cuda/ptx/mma.cuh). For x = load(tile, row, column),
-/// both multiples of 16, y = load_transposed(...):
+/// The same for num_rows rows at a distance of row_bytes; a row's address is one multiply-add.
+template <int kRows, int kColumns, int kThreads>
+__device__ __forceinline__ void copy_strided_rows_async(unsigned char* tile, int thread,
+                                                        const void* first_row, int32_t row_bytes,
+                                                        int32_t num_rows) {
+  copy_pieces_async<kRows, kColumns, kThreads>(tile, thread, [&](int row, int piece) {
+    const auto* first = static_cast<const unsigned char*>(first_row) + piece * kPieceBytes;
+    return SourcePiece{first + static_cast<int64_t>(row) * row_bytes, row < num_rows};
+  });
+}
+
+/// The order of the four 8 x 8 matrices of a 16 x 16 block: down the rows first, or along them.
+enum class BlockOrder { kDown, kAlong };
+
+/// Reads 16 x 16 blocks of a tile as fragments (cuda/ptx/mma.cuh). With x of load(tile, row,
+/// column) and y of load_transposed, both offsets multiples of 16:
 ///
-///   as a[row, column]                 {x0, x1, x2, x3}
-///   as a[column, row]                 {y0, y2, y1, y3}
-///   as b[column, row], rows 0-7, 8-15 {x0, x2}, {x1, x3}   (keys of a product with queries)
-///   as b[row, column], columns 0-7, 8-15 {y0, y1}, {y2, y3}   (values of a product with weights)
-template <int kColumns>
+///   as a[row, column]                       kDown    {x0, x1, x2, x3}
+///   as a[column, row]                       kAlong   {y0, y1, y2, y3}
+///   as b[column, row], for keys of scores   kAlong   {x0, x1}, {x2, x3}, eight rows each
+///   as b[row, column], for values           kDown    {y0, y1}, {y2, y3}, eight columns each
+///
+/// An instruction takes neighbouring registers: in the other order each fragment would cost moves.
+template <int kColumns, BlockOrder kOrder = BlockOrder::kDown>
 class BlockReader {
  public:
-  __device__ __forceinline__ explicit BlockReader(int lane)
-      : row_bytes_(lane % 16 * (kColumns * 2)), flip_((lane / 16 ^ lane % 8) * kPieceBytes) {}
+  __device__ __forceinline__ explicit BlockReader(int lane) {
+    const int matrix = lane / 8, i = kOrder == BlockOrder::kDown ? matrix % 2 : matrix / 2;
+    const int j = kOrder == BlockOrder::kDown ? matrix / 2 : matrix % 2;
+    row_bytes_ = (i * 8 + lane % 8) * (kColumns * 2);
+    flip_ = (j ^ lane % 8) * kPieceBytes;
+  }
 
   __device__ __forceinline__ void load(uint32_t (&x)[4], const unsigned char* tile, int row,
                                        int column) const {
@@ -74,10 +113,12 @@ class BlockReader {
   }
 
  private:
-  // The column's lowest piece is even, so that the lane's half and the row's permutation, both in
-  // flip_, come in by one exclusive or.
+  // Half and permutation of the lane, in flip_, change the lowest three bits of a piece. What is
+  // beyond them stays a constant, which the instruction adds itself.
   __device__ __forceinline__ int offset(int row, int column) const {
-    return row * (kColumns * 2) + row_bytes_ + (column * 2 ^ flip_);
+    constexpr int kLine = 8 * kPieceBytes;
+    const int begin = column * 2;
+    return row_bytes_ + (begin % kLine ^ flip_) + (row * (kColumns * 2) + begin / kLine * kLine);
   }
 
   int row_bytes_, flip_;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "pdiff/attention_plan.h"
+#include "pdiff/device.h"
 #include "pdiff/dtype.h"
 
 namespace pdiff {
@@ -54,5 +55,38 @@ struct HybridAttentionBackwardParams {
 };
 
 void hybrid_attention_backward(const HybridAttentionBackwardParams& params);  // throws pdiff::Error
+
+namespace cuda {
+
+/// The forward on a GPU. All pointers are to memory of the device, aligned to 16 bytes, strides a
+/// multiple of 8 elements. What it takes from the plan it reads on the device, so that a captured
+/// graph may run again after other words, of the same number of heads and at most as many slots,
+/// were put in their place.
+struct HybridAttentionParams {
+  const int32_t* plan = nullptr;   // [num_words], of Schedule::kGpu
+  int32_t num_slots = 0;           // the plan's, or more
+  DType dtype = DType::kBFloat16;  // of q, k, v, out: kBFloat16 or kFloat16
+  int32_t total_q = 0;             // rows of q, out and lse
+  int32_t num_heads_q = 0, num_heads_kv = 0;
+  int32_t head_dim = 0;     // 64 or 128
+  int32_t page_size = 0;    // 0: packed keys
+  const void* q = nullptr;  // [total_q, num_heads_q, head_dim]
+  const void* k = nullptr;  // [total_kv | num_pages, page_size, num_heads_kv, head_dim]
+  const void* v = nullptr;  // as k
+  void* out = nullptr;      // [total_q, num_heads_q, head_dim], contiguous
+  float* lse = nullptr;     // [num_heads_q, total_q]; may be null
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements from token to token
+  int64_t k_page_stride = 0, v_page_stride = 0;      // elements from page to page
+  float softmax_scale = 1.0f;                        // not negative
+  void* workspace = nullptr;                         // [hybrid_attention_workspace_bytes]
+};
+
+/// Memory that one call of the forward needs beside its tensors, of any content.
+int64_t hybrid_attention_workspace_bytes(int32_t num_slots, int32_t num_heads_kv, int32_t head_dim);
+
+/// Throws pdiff::Error on an unsupported shape.
+void hybrid_attention(const HybridAttentionParams& params, const CudaQueue& queue);
+
+}  // namespace cuda
 
 }  // namespace pdiff

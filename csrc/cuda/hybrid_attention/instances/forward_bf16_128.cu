@@ -1,0 +1,5 @@
+#include "cuda/hybrid_attention/kernel.cuh"
+
+namespace pdiff::cuda::attention {
+template void launch_forward<bfloat16, 128>(const ForwardParams&, const CudaQueue&);
+}
