@@ -12,9 +12,10 @@ from pdiff_runtime.testing import Backend
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU, CUDA = Backend(Impl.CPU), Backend(Impl.CUDA)
-HEADS = [(1, 1), (4, 2), (7, 1)]
+exhaustive = pytest.mark.exhaustive
+HEADS = [pytest.param((1, 1), marks=exhaustive), (4, 2), (7, 1)]
 MAX_POSITION = 70
-backend = backend_fixture(["generic", "avx2", "avx512"], [Impl.CUDA])
+backend = backend_fixture(["generic", "avx2", "avx512"], [Impl.CUDA, Impl.TRITON])
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_without_caches_it_only_rotates(backend):
     assert torch.equal(with_caches["k"], without["k"])
 
 
-@pytest.mark.parametrize("rows", [0, 1, 500])
+@pytest.mark.parametrize("rows", [0, 1, pytest.param(500, marks=exhaustive)])
 def test_thread_count_changes_no_bit(rows, backend):
     results = []
     before = torch.get_num_threads()
@@ -140,7 +141,9 @@ def test_rows_and_buffers_may_start_anywhere(gap, head_dim, backend):
     assert all(torch.equal(x.cpu(), expected[name]) for name, x in given.items())
 
 
-def test_cuda_skips_what_is_out_of_range(cuda):
+def test_a_gpu_skips_what_is_out_of_range(backend):
+    if backend.impl is Impl.CPU:
+        pytest.skip("a CPU refuses it")
     arguments = problem()
     arguments["slots"][5] = 20  # the cache ends
     arguments["slots"][6] = -2
@@ -148,7 +151,7 @@ def test_cuda_skips_what_is_out_of_range(cuda):
     arguments["positions"][1] = MAX_POSITION
     arguments["positions"][2] = -1
     expected["slots"][[1, 2, 5, 6]] = -1
-    run(arguments, cuda)
+    run(arguments, backend)
     before = clone(expected)
     run(expected, CPU)
     for name in "qk":

@@ -103,6 +103,11 @@ def _run(
     if choice is Impl.REFERENCE:
         reference.rope_kv_write_(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
         return
+    if choice is Impl.TRITON:
+        from pdiff_runtime.ops import triton
+
+        triton.rope_kv_write(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
+        return
     arguments = (
         pointer(q), pointer(k), pointer(v), pointer(cos), pointer(sin), pointer(positions),
         pointer(slots), pointer(k_cache), pointer(v_cache), DTYPE_CODES[q.dtype],
