@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
+from on_backends import backend_fixture
 
 from pdiff_runtime import ops
 from pdiff_runtime.ops import Rule, reference
 from pdiff_runtime.testing import use_isa
 
-F32, BF16 = torch.float32, torch.bfloat16
-VOCAB_SIZES = [1, 7, 17, 1000, 4096, 32003]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+VOCAB_SIZES = [1, 7, 17, 1000, 4096, 33_003]
 SETTINGS = {
     "greedy": {},
     "greedy_top_k": {"top_k": 5},
@@ -20,10 +21,23 @@ SETTINGS = {
     "hot": {"temperature": 1.3},
     "cold_top_p": {"temperature": 0.2, "top_p": 0.95},
     "both_filters": {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
+    "drawn_positions": {"alg_temp": 0.3},
 }
+ISAS = ["generic", "avx2", "avx512"]
+exhaustive = pytest.mark.exhaustive
+
+backend = backend_fixture(ISAS)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+def settings_few(*few):
+    """All settings, those not named marked exhaustive."""
+    return [
+        pytest.param(value, id=name, marks=[] if name in few else exhaustive)
+        for name, value in SETTINGS.items()
+    ]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     with use_isa(request.param) as available:
         if not available:
@@ -47,13 +61,22 @@ def spans_of(*lengths, quotas):
     return position, int32(0, *itertools.accumulate(lengths)), int32(*quotas)
 
 
-def run(logits, spans, op=ops.unmask_, **settings):
-    token_ids = torch.full((3 + 2 * len(logits),), -5)
-    return token_ids, ops.UnmaskStats(*op(token_ids, logits, *spans, **settings))
+def run(logits, spans, op=ops.unmask_, backend=None, **settings):
+    """Token ids and statistics, on the CPU whichever backend ran."""
+    if backend is not None:
+        spans = [x.to(backend.device) for x in spans]
+        settings = {
+            name: x.to(backend.device) if isinstance(x, torch.Tensor) else x
+            for name, x in settings.items()
+        } | {"impl": backend.impl}
+        logits = logits.to(backend.device)
+    token_ids = torch.full((3 + 2 * len(logits),), -5, device=logits.device)
+    stats = op(token_ids, logits, *spans, **settings)
+    return token_ids.cpu(), ops.UnmaskStats(*(part.cpu() for part in stats))
 
 
-def assert_agrees(logits, spans, **settings):
-    token_ids, stats = run(logits, spans, **settings)
+def assert_agrees(logits, spans, backend, **settings):
+    token_ids, stats = run(logits, spans, backend=backend, **settings)
     token_ids_ref, stats_ref = run(logits, spans, reference.unmask_, **settings)
     assert torch.equal(stats.is_nan, stats_ref.is_nan)
     assert torch.equal(stats.candidate, stats_ref.candidate)
@@ -66,15 +89,36 @@ def assert_agrees(logits, spans, **settings):
     return stats
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("rule", list(Rule))
-def test_agrees_with_reference(rule, settings, vocab_size, dtype, isa):
+FEW_CASES = {
+    *((Rule.ENTROPY, name, 1000, F16) for name in SETTINGS),
+    (Rule.MARGIN, "hot", 1, F16),
+    (Rule.MARGIN, "greedy", 7, F32),
+    (Rule.MARGIN, "both_filters", 1000, F16),
+    (Rule.THRESHOLD, "drawn_positions", 17, F32),
+    (Rule.THRESHOLD, "cold_top_p", 17, F16),
+    (Rule.PROBABILITY, "greedy", 33_003, F16),
+    (Rule.PROBABILITY, "hot", 33_003, F32),
+}
+
+
+def agreement_cases():
+    """Every combination; a few of them for backends that are slow."""
+    for rule, name, vocab_size, dtype in itertools.product(
+        Rule, SETTINGS, VOCAB_SIZES, [F32, BF16, F16]
+    ):
+        is_few = (rule, name, vocab_size, dtype) in FEW_CASES
+        yield pytest.param(
+            rule, SETTINGS[name], vocab_size, dtype, marks=[] if is_few else exhaustive,
+            id=f"{rule}-{name}-{vocab_size}-{str(dtype).removeprefix('torch.')}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "settings", "vocab_size", "dtype"), agreement_cases())
+def test_agrees_with_reference(rule, settings, vocab_size, dtype, backend):
     spans = spans_of(4, 0, 1, 5, quotas=[2, 3, 9, 0])
     banned = torch.tensor([0, 5, 6] if vocab_size >= 17 else [], dtype=torch.int64)
     assert_agrees(
-        random_logits(10, vocab_size, dtype), spans, rule=rule, threshold=0.2, step_idx=4,
+        random_logits(10, vocab_size, dtype), spans, backend, rule=rule, threshold=0.2, step_idx=4,
         banned_ids=banned, seeds=torch.arange(10) * 977 + (3 << 40), **settings,
     )  # fmt: skip
 
@@ -85,7 +129,7 @@ def test_published_names_of_rules():
     assert Rule("confidence_threshold") is Rule.THRESHOLD
 
 
-def test_each_span_has_its_own_settings(isa):
+def test_each_span_has_its_own_settings(backend):
     logits, seeds = random_logits(12, 513), torch.arange(12)
     per_span = {
         "temperature": torch.tensor([0.0, 0.7, 1.5]),
@@ -96,27 +140,32 @@ def test_each_span_has_its_own_settings(isa):
         "step_idx": int32(0, 7, 2),
     }
     spans = spans_of(5, 4, 3, quotas=[2, 3, 3])
-    token_ids, stats = run(logits, spans, rule="threshold", seeds=seeds, **per_span)
+    token_ids, stats = run(
+        logits, spans, backend=backend, rule="threshold", seeds=seeds, **per_span
+    )
     position, cu_rows, quotas = spans
     for span, (lo, hi) in enumerate(itertools.pairwise(cu_rows.tolist())):
-        alone = torch.full_like(token_ids, -5)
-        own = ops.unmask_(
-            alone, logits[lo:hi], position[lo:hi], int32(0, hi - lo), quotas[span : span + 1],
-            rule="threshold", seeds=seeds[lo:hi],
+        own_span = position[lo:hi] - position[lo], int32(0, hi - lo), quotas[span : span + 1]
+        alone, own = run(
+            logits[lo:hi], own_span, backend=backend, rule="threshold", seeds=seeds[lo:hi],
+            positions=position[lo:hi],
             **{name: values[span].item() for name, values in per_span.items()},
         )  # fmt: skip
-        assert torch.equal(alone[position[lo:hi]], token_ids[position[lo:hi]])
+        assert torch.equal(alone[own_span[0]], token_ids[position[lo:hi]])
         for actual, expected in zip(stats, own, strict=True):
             assert torch.equal(actual[lo:hi], expected)
 
 
-@pytest.mark.parametrize("rule", list(Rule))
-def test_selection_follows_the_confidences_given(rule, isa):
+@pytest.mark.parametrize(
+    "rule",
+    [Rule.THRESHOLD, *(pytest.param(r, marks=exhaustive) for r in Rule if r is not Rule.THRESHOLD)],
+)
+def test_selection_follows_the_confidences_given(rule, backend):
     lengths, quotas = [40, 1, 0, 200, 17], [7, 1, 2, 199, 40]
     spans = spans_of(*lengths, quotas=quotas)
     # Few distinct rows, so that many confidences are exactly equal.
     logits = random_logits(6, 33)[torch.arange(sum(lengths)) % 6]
-    token_ids, stats = run(logits, spans, rule=rule, threshold=0.5)
+    token_ids, stats = run(logits, spans, backend=backend, rule=rule, threshold=0.5)
     written = torch.zeros_like(stats.is_written)
     first = 0
     for length, quota in zip(lengths, quotas, strict=True):
@@ -130,53 +179,58 @@ def test_selection_follows_the_confidences_given(rule, isa):
     assert torch.equal(token_ids, expected)
 
 
-def test_lowest_id_wins_a_tie(isa):
+def test_lowest_id_wins_a_tie(backend):
     logits = torch.zeros(3, 9000)
     logits[0, [8000, 70, 4500]] = 2.0
     logits[1, [4096, 4095]] = 2.0
-    stats = assert_agrees(logits, spans_of(3, quotas=[3]), rule="margin")
+    stats = assert_agrees(logits, spans_of(3, quotas=[3]), backend, rule="margin")
     assert stats.candidate.tolist() == [70, 4095, 0]
     assert stats.confidence.tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.3, 0.97])
-def test_top_p_keeps_the_lowest_ids_of_equal_logits(top_p, isa):
+@pytest.mark.parametrize(
+    ("num_rows", "top_p"),
+    [(4, 0.3), *(pytest.param(300, p, marks=exhaustive) for p in (0.0, 0.1, 0.3, 0.97))],
+)
+def test_top_p_keeps_the_lowest_ids_of_equal_logits(num_rows, top_p, backend):
     vocab_size = 4500
     num_kept = max(1, math.ceil(top_p * vocab_size))
-    logits = torch.full((300, vocab_size), 2.5)
+    logits = torch.full((num_rows, vocab_size), 2.5)
     _, stats = run(
-        logits, spans_of(300, quotas=[1]), top_p=top_p, temperature=1.0, seeds=torch.arange(300)
-    )
+        logits, spans_of(num_rows, quotas=[1]), backend=backend, top_p=top_p, temperature=1.0,
+        seeds=torch.arange(num_rows),
+    )  # fmt: skip
     # Mass is summed in fp32, so the last of many equal tokens may fall on either side.
     assert stats.confidence[0] == pytest.approx(-math.log(num_kept), abs=1.5 / num_kept + 1e-5)
     assert stats.candidate.max() <= num_kept
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_top_k_keeps_what_ties_with_the_last(top_p, isa):
+def test_top_k_keeps_what_ties_with_the_last(top_p, backend):
     logits = torch.zeros(1, 6000)
     logits[0, [5, 4097, 5999]] = 3.0
     logits[0, [70, 71]] = 5.0
     for top_k, kept in [(1, 2), (2, 2), (3, 5), (4, 5), (5, 5), (6, 6000), (5999, 6000)]:
         stats = assert_agrees(
-            logits, spans_of(1, quotas=[1]), rule="probability", top_k=top_k, top_p=top_p
+            logits, spans_of(1, quotas=[1]), backend, rule="probability", top_k=top_k, top_p=top_p
         )
         if top_p == 1.0:
             mass = logits[0].sort(descending=True).values[:kept].exp().sum().item()
             assert stats.confidence[0] == pytest.approx(math.exp(5.0) / mass, rel=1e-5), top_k
 
 
-def test_keeps_what_crosses_top_p(isa):
+def test_keeps_what_crosses_top_p(backend):
     probs = torch.tensor([[0.125, 0.5, 0.25, 0.0625, 0.0625]])
     for top_p, kept in [(0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.9, 4), (0.99, 5)]:
         logits = probs.log()
         mass = probs.sort(descending=True).values[0, :kept].sum().item()
-        _, stats = run(logits, spans_of(1, quotas=[1]), top_p=top_p, rule="probability")
+        spans = spans_of(1, quotas=[1])
+        _, stats = run(logits, spans, backend=backend, top_p=top_p, rule="probability")
         assert stats.confidence[0] == pytest.approx(0.5 / mass, rel=1e-5), top_p
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_rows_that_are_no_distribution_are_flagged_and_disturb_nobody(settings, isa):
+@pytest.mark.parametrize("settings", settings_few("both_filters"))
+def test_rows_that_are_no_distribution_are_flagged_and_disturb_nobody(settings, backend):
     clean = random_logits(8, 5000)
     spans, seeds = spans_of(4, 4, quotas=[2, 9]), torch.arange(8)
     broken = clean.clone()
@@ -184,24 +238,27 @@ def test_rows_that_are_no_distribution_are_flagged_and_disturb_nobody(settings, 
     broken[3] = -math.inf
     broken[4, 17] = math.inf
     broken[6, :] = math.nan
-    stats = assert_agrees(broken, spans, seeds=seeds, **settings)
+    stats = assert_agrees(broken, spans, backend, seeds=seeds, **settings)
     assert stats.is_nan.tolist() == [False, True, False, True, True, False, True, False]
     assert (stats.candidate[stats.is_nan] == -1).all()
     assert not stats.is_written[stats.is_nan].any()
-    _, expected = run(clean, spans, seeds=seeds, **settings)
+    _, expected = run(clean, spans, backend=backend, seeds=seeds, **settings)
     assert torch.equal(stats.confidence[~stats.is_nan], expected.confidence[~stats.is_nan])
     assert torch.equal(stats.candidate[~stats.is_nan], expected.candidate[~stats.is_nan])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize(
+    "temperature", [1e-30, *(pytest.param(t, marks=exhaustive) for t in (0.0, 1e-3, 1.0, 1e30))]
+)
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}], ids=str)
-def test_extreme_logits_and_temperatures(filters, temperature, isa):
+def test_extreme_logits_and_temperatures(filters, temperature, backend):
     logits = random_logits(5, 5000)
     logits[0] *= 1e30
     logits[1] -= 1e38
     logits[2, 1:] = -math.inf
     logits[3] *= 1e-38
-    _, stats = run(logits, spans_of(5, quotas=[5]), temperature=temperature, **filters)
+    spans = spans_of(5, quotas=[5])
+    _, stats = run(logits, spans, backend=backend, temperature=temperature, **filters)
     assert not stats.is_nan.any()
     assert ((stats.candidate >= 0) & (stats.candidate < 5000)).all()
     assert torch.isfinite(stats.confidence).all()
@@ -211,16 +268,16 @@ def test_extreme_logits_and_temperatures(filters, temperature, isa):
         assert torch.equal(stats.candidate, logits.argmax(1))
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_banned_ids_are_as_if_minus_infinity(settings, isa):
+@pytest.mark.parametrize("settings", settings_few("hot", "both_filters"))
+def test_banned_ids_are_as_if_minus_infinity(settings, backend):
     logits = random_logits(6, 9001)
     banned = torch.cat([torch.arange(4200), logits.argmax(1), torch.tensor([9000])])
     masked = logits.clone()
     masked[:, banned] = -math.inf
     logits[0, 17] = math.nan  # banned before anything looks at it
     spans = spans_of(6, quotas=[6])
-    token_ids, stats = run(logits, spans, banned_ids=banned, **settings)
-    token_ids_masked, expected = run(masked, spans, **settings)
+    token_ids, stats = run(logits, spans, backend=backend, banned_ids=banned, **settings)
+    token_ids_masked, expected = run(masked, spans, backend=backend, **settings)
     assert torch.equal(token_ids, token_ids_masked)
     assert all(torch.equal(a, b) for a, b in zip(stats, expected, strict=True))
     assert not torch.isin(stats.candidate, banned).any()
@@ -242,36 +299,51 @@ def test_thread_count_changes_no_bit(settings, rows, isa):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_row_does_not_depend_on_its_batch(settings, isa):
-    logits, seeds = random_logits(24, 40_001), torch.arange(24)
-    position, cu_rows, quotas = spans_of(24, quotas=[24])
-    _, whole = run(logits, (position, cu_rows, quotas), seeds=seeds, **settings)
-    for row in range(0, 24, 5):
-        token_ids = torch.zeros(1, dtype=torch.int64)
-        alone = ops.unmask_(
-            token_ids, logits[row : row + 1], int32(0), int32(0, 1), int32(1),
+@pytest.mark.parametrize("num_rows", [3, pytest.param(24, marks=exhaustive)])
+@pytest.mark.parametrize("settings", settings_few("hot", "both_filters"))
+def test_a_row_does_not_depend_on_its_batch(settings, num_rows, backend):
+    logits, seeds = random_logits(num_rows, 40_001), torch.arange(num_rows)
+    position, cu_rows, quotas = spans_of(num_rows, quotas=[num_rows])
+    _, whole = run(logits, (position, cu_rows, quotas), backend=backend, seeds=seeds, **settings)
+    for row in range(0, num_rows, 5):
+        token_ids, alone = run(
+            logits[row : row + 1], (int32(0), int32(0, 1), int32(1)), backend=backend,
             seeds=seeds[row : row + 1], positions=position[row : row + 1], **settings,
         )  # fmt: skip
         assert torch.equal(alone.confidence[0], whole.confidence[row])
         assert token_ids[0] == whole.candidate[row]
 
 
-def test_rows_may_be_any_stride_apart(isa):
+def test_rows_may_be_any_stride_apart(backend):
     wide, spans = random_logits(5, 1000), spans_of(5, quotas=[3])
     for start in (0, 1, 13):
         view = wide[:, start : start + 777]
-        actual, expected = run(view, spans)[1], run(view.contiguous(), spans)[1]
+        actual = run(view, spans, backend=backend)[1]
+        expected = run(view.contiguous(), spans, backend=backend)[1]
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_nothing_to_do():
+def test_nothing_to_do(backend):
     empty = spans_of(quotas=[])
-    token_ids, stats = run(random_logits(0, 50), empty)
+    token_ids, stats = run(random_logits(0, 50), empty, backend=backend)
     assert [len(part) for part in stats] == [0, 0, 0, 0]
-    token_ids, stats = run(random_logits(2, 50), spans_of(2, quotas=[-1]))
+    token_ids, stats = run(random_logits(2, 50), spans_of(2, quotas=[-1]), backend=backend)
     assert not stats.is_written.any()
     assert (token_ids == -5).all()
+
+
+def test_on_a_gpu_what_is_out_of_range_is_not_written(backend):
+    if backend.impl is ops.Impl.CPU:
+        pytest.skip("a CPU refuses it")
+    logits = random_logits(6, 40)
+    _, expected = run(logits, spans_of(6, quotas=[6]), backend=backend)
+    spans = int32(-1, 3, 15, 2**31 - 1, 4, 5), int32(0, 4), int32(4)
+    banned = torch.tensor([-1, 40, -(2**40), 2**40])
+    token_ids, stats = run(logits, spans, backend=backend, banned_ids=banned)
+    assert stats.is_written.tolist() == [False, True, False, False, False, False]
+    assert torch.equal(stats.candidate, expected.candidate)
+    assert token_ids[3] == stats.candidate[1]
+    assert (token_ids == -5).sum() == len(token_ids) - 1
 
 
 # -- sampling ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
     DTYPE_CODES,
+    ELEMENT_TYPES,
     Impl,
     check_no_grad,
     check_tensor,
@@ -106,8 +107,8 @@ def unmask_(
 
     Args:
         token_ids: ``[total_tokens]`` int64, written in place.
-        logits: ``[num_rows, vocab_size]`` bfloat16 or float32, rows any stride apart; row r already
-            predicts ``token_ids[row_position[r]]``.
+        logits: ``[num_rows, vocab_size]`` bfloat16 or float32, on a GPU float16 too, rows any
+            stride apart; row r already predicts ``token_ids[row_position[r]]``.
         row_position: ``[num_rows]`` int32, ascending within a span.
         cu_rows_span: ``[num_spans + 1]`` int32, from 0 to ``num_rows``.
         num_unmask: ``[num_spans]`` int32; more than a span has reveals all of it.
@@ -119,6 +120,10 @@ def unmask_(
         banned_ids: ``[num_banned]`` int64; -inf before everything else.
         seeds: ``[num_rows]`` int64, default 0.
         positions: ``[num_rows]`` int32 in place of ``row_position`` for the random numbers.
+
+    On a GPU nothing waits for the device, so what tensors hold cannot be checked first: there a
+    position out of range and a row of no span are not written, and a banned id out of range bans
+    nothing.
 
     Returns:
         Statistics per row. A row that is no distribution is flagged and never written.
@@ -160,7 +165,7 @@ def _run(
     check_tensor(
         "logits",
         logits,
-        (torch.float32, torch.bfloat16),
+        ELEMENT_TYPES[choice],
         ("num_rows", "vocab_size"),
         device,
         contiguous=False,
@@ -194,6 +199,15 @@ def _run(
         )  # fmt: skip
 
     stats = _empty_stats(logits)
+    if choice is Impl.TRITON:
+        from pdiff_runtime.ops import triton
+
+        triton.unmask(
+            token_ids, logits, row_position, cu_rows_span, num_unmask, *stats,
+            rule_code=_RULE_CODES[rule], banned_ids=banned_ids, seeds=seeds, positions=positions,
+            **settings._asdict(),
+        )  # fmt: skip
+        return stats
     _C.unmask(
         pointer(token_ids), pointer(logits), pointer(row_position), pointer(cu_rows_span),
         pointer(num_unmask), pointer(banned_ids), pointer(seeds), pointer(positions),
