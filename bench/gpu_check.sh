@@ -55,7 +55,7 @@ stage_build() {
   fi
   "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-index \
     --no-deps --target "$site" . || return 1
-  PYTHONPATH="$site" "$python" -P -m pdiff_runtime.serve.cli check-env
+  PYTHONPATH="$site" "$site/bin/pdiff" check-env
 }
 
 pytest() {

@@ -14,24 +14,32 @@ from pdiff_runtime.ops import AttentionPlan, Impl
 # -- hybrid attention ----------------------------------------------------------------------------
 
 
+def pages_of(workload: AttentionWorkload) -> Tensor | None:
+    """``[batch, max_pages]``: pages dealt out at random; None for packed keys."""
+    if workload.page_size is None:
+        return None
+    counts = [-(-layout.num_keys // workload.page_size) for layout in workload.layouts]
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.randperm(sum(counts), generator=generator).int().split(counts)
+    return torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True, padding_value=-1)
+
+
 def plan_of(
-    workload: AttentionWorkload, *, impl: Impl = Impl.AUTO, device: torch.device | str = "cpu"
+    workload: AttentionWorkload,
+    *,
+    impl: Impl = Impl.AUTO,
+    device: torch.device | str = "cpu",
+    page_table: Tensor | None = None,
 ) -> AttentionPlan:
-    """The plan of a workload, its pages dealt out at random."""
-    table, page_size = None, workload.page_size
-    if page_size is not None:
-        counts = [-(-layout.num_keys // page_size) for layout in workload.layouts]
-        generator = torch.Generator().manual_seed(0)
-        pages = torch.randperm(sum(counts), generator=generator).int().split(counts)
-        table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True, padding_value=-1)
+    """The plan of a workload, with pages as in :func:`pages_of` where no others are given."""
     return AttentionPlan.pack(
         workload.layouts,
         num_heads_q=workload.num_heads_q,
         num_heads_kv=workload.num_heads_kv,
         head_dim=workload.head_dim,
         device=device,
-        page_table=table,
-        page_size=page_size,
+        page_table=pages_of(workload) if page_table is None else page_table,
+        page_size=workload.page_size,
         impl=impl,
     )
 

@@ -158,21 +158,59 @@ def blocks_of(code: Sequence[Instruction]) -> tuple[dict[int, list[Instruction]]
     return blocks, graph
 
 
-def unmasked_cycles(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """What can be gone through again and again without passing a mask instruction.
+def loops_of(code: Sequence[Instruction]) -> list[nx.DiGraph]:
+    """Loops, smaller ones first: graphs of blocks whose instructions are the nodes' ``code``.
 
-    Blocks with a mask instruction are taken out; each cycle that is left (a strongly connected
-    component) is returned as its instructions.
+    A loop is entered at one block; whatever branches back there belongs to it.
     """
     blocks, graph = blocks_of(code)
-    masked = [start for start, block in blocks.items() if any(i.is_mask for i in block)]
-    graph.remove_nodes_from(masked)
-    cycles = []
-    for component in nx.strongly_connected_components(graph):
-        first = next(iter(component))
-        if len(component) > 1 or graph.has_edge(first, first):
-            cycles.append([i for start in sorted(component) for i in blocks[start]])
-    return cycles
+    entry = code[0].address
+    graph.remove_nodes_from(set(graph) - {entry} - nx.descendants(graph, entry))
+    nx.set_node_attributes(graph, blocks, "code")
+    dominators = nx.immediate_dominators(graph, entry)
+    bodies: dict[int, set[int]] = {}
+    for last, first in graph.edges:
+        node = last
+        while node not in (first, entry):
+            node = dominators[node]
+        if node != first:  # some way to `last` does not pass `first`
+            continue
+        body = bodies.setdefault(first, {first})
+        if last != first:
+            body |= {last, *nx.ancestors(nx.restricted_view(graph, [first], []), last)}
+    return [graph.subgraph(body) for body in sorted(bodies.values(), key=len)]
+
+
+def instructions_in(loop: nx.DiGraph) -> list[Instruction]:
+    """In order of their addresses."""
+    return [i for _, block in sorted(loop.nodes(data="code")) for i in block]
+
+
+def unmasked_cycle(code: Sequence[Instruction], *prefixes: str) -> list[Instruction]:
+    """A way round some loop that passes all these opcodes and no mask instruction.
+
+    Blocks with a mask instruction are taken out, and with them loops of these opcodes that do not
+    stay whole without: an outer loop must not pass for an inner one by going through its halves.
+
+    Returns:
+        The instructions of the cycle (a strongly connected component); none if every way is masked.
+    """
+    masked: set[int] = set()
+    for loop in loops_of(code):
+        if not has(instructions_in(loop), *prefixes):
+            continue
+        plain = loop.subgraph(
+            node for node, block in loop.nodes(data="code")
+            if node not in masked and not any(i.is_mask for i in block)
+        )  # fmt: skip
+        for component in nx.strongly_connected_components(plain):
+            cycle = instructions_in(plain.subgraph(component))
+            first = next(iter(component))
+            is_cycle = len(component) > 1 or plain.has_edge(first, first)
+            if is_cycle and has(cycle, *prefixes):
+                return cycle
+        masked |= set(loop)
+    return []
 
 
 def opcodes(code: Iterable[Instruction]) -> set[str]:

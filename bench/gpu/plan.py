@@ -8,7 +8,7 @@ import time
 import torch
 from bench_attention_plan import TAGS, rounds_of_spans
 from device import DEVICE, ON_GPU, Call
-from peers import plan_of
+from peers import pages_of, plan_of
 from records import Bench
 from workloads import gpu_attention
 
@@ -53,7 +53,9 @@ def _training(bench: Bench) -> None:
 def _denoise(bench: Bench) -> None:
     workload = gpu_attention(128 if bench.is_tiny else 1)["denoise"]
     for impl in bench.impls:
-        build = functools.partial(plan_of, workload, impl=impl, device=DEVICE)
+        build = functools.partial(
+            plan_of, workload, impl=impl, device=DEVICE, page_table=pages_of(workload)
+        )
         bench.value("attention plan of a denoise step", impl, _host_us(build), "us")
 
 

@@ -147,5 +147,5 @@ def _kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
     return [
         (event.name, event.device_time_total)
         for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and "Memset" not in event.name
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem")
     ]
