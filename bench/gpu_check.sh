@@ -95,7 +95,7 @@ sanitizer() {
   if command -v compute-sanitizer >/dev/null && [[ -z $smoke ]]; then
     command=(compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "${command[@]}")
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${command[@]}"
-  elif [[ -n $smoke ]]; then
+  elif [[ -n $smoke && $1 == memcheck ]]; then
     "${command[@]}"
   else
     echo "no compute-sanitizer"

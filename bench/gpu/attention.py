@@ -28,7 +28,7 @@ BF16 = torch.bfloat16
 
 def run(bench: Bench) -> None:
     """The training shapes both ways, then the shapes of inference."""
-    tiny = gpu_attention(128, heads=(7, 1, 32))
+    tiny = gpu_attention(128, heads=(7, 1, 64))
     shapes = tiny if bench.is_tiny else gpu_attention()
     small = tiny if bench.is_tiny else gpu_attention(16)
     for name in ("long", "paper"):
@@ -43,8 +43,9 @@ def run(bench: Bench) -> None:
 def _training(
     bench: Bench, name: str, workload: AttentionWorkload, small: AttentionWorkload
 ) -> None:
-    plans = {impl: plan_of(workload, impl=impl, device=DEVICE) for impl in bench.impls}
-    plan = plans[bench.impls[0]]
+    make = functools.partial(plan_of, workload, device=DEVICE)
+    plans = bench.plans(f"attention, {name}", lambda impl: make(impl=impl))
+    plan = next(iter(plans.values()))
     tensors = inputs_of(plan, BF16)
     peers = peers_of(plan, *tensors)
     bias, mask = dense_bias(plan, BF16), _flex_mask(plan)
@@ -58,17 +59,19 @@ def _training(
 
     forward, backward = {}, {}
     for impl, plan in plans.items():
-        bench.check(f"attention, {name}", impl, functools.partial(_check, small, impl, True))
+        bench.check(f"attention forward, {name}", impl, functools.partial(_check, small, impl))
+        body = functools.partial(_check, small, impl, gradients=True)
+        bench.check(f"attention backward, {name}", impl, body)
         ours = functools.partial(hybrid_attention, plan=plan)
-        forward[str(impl)] = _forward_of(ours, tensors)
-        backward[str(impl)] = _backward_of(ours, tensors)
+        forward[impl] = _forward_of(ours, tensors)
+        backward[impl] = _backward_of(ours, tensors)
     if ON_GPU:  # it has no backward on a CPU
         backward["FlexAttention"] = _backward_of(flex_forward, peers["grouped"])
     forward["FlexAttention"] = _forward_of(flex_forward, peers["grouped"])
     forward["SDPA, dense mask"] = _forward_of(dense_forward, peers["repeated"])
     backward["SDPA, dense mask"] = _backward_of(dense_forward, peers["repeated"])
 
-    for impl in map(str, bench.impls):  # also at full size: against torch, in bfloat16 both
+    for impl in plans:  # also at full size: against torch, in bfloat16 both
         body = functools.partial(_compare, forward[impl], forward["SDPA, dense mask"])
         bench.check(f"attention, {name}, full size", impl, body)
 
@@ -76,7 +79,7 @@ def _training(
     workloads = [f"attention {way}, {name}" for way in ("forward", "backward")]
     forward_times = bench.measure(workloads[0], forward, Work(flops, "TFLOP/s"))
     backward_times = bench.measure(workloads[1], backward, Work(2.5 * flops, "TFLOP/s"))
-    for impl in map(str, bench.impls):
+    for impl in plans:
         if {impl, "FlexAttention"} <= forward_times.keys() & backward_times.keys():
             ours, peer = (
                 forward_times[x].ms + backward_times[x].ms for x in (impl, "FlexAttention")
@@ -86,15 +89,15 @@ def _training(
 
 
 def _paged(bench: Bench, name: str, workload: AttentionWorkload, small: AttentionWorkload) -> None:
+    make = functools.partial(plan_of, workload, device=DEVICE)
+    plans = bench.plans(f"attention, {name}", lambda impl: make(impl=impl))
+    tensors = inputs_of(next(iter(plans.values())), BF16)
     calls = {}
-    for impl in bench.impls:
+    for impl, plan in plans.items():
         bench.check(f"attention, {name}", impl, functools.partial(_check, small, impl))
-        plan = plan_of(workload, impl=impl, device=DEVICE)
-        if not calls:
-            tensors = inputs_of(plan, BF16)
-        calls[str(impl)] = _forward_of(functools.partial(hybrid_attention, plan=plan), tensors)
+        calls[impl] = _forward_of(functools.partial(hybrid_attention, plan=plan), tensors)
     calls["prefix, spans, merge"] = _composed(workload, plan, *tensors)
-    for impl in map(str, bench.impls):
+    for impl in plans:
         body = functools.partial(_compare, calls[impl], calls["prefix, spans, merge"])
         bench.check(f"attention, {name}, full size", impl, body)
     if name == "answers":  # each key and value is read once
@@ -157,9 +160,9 @@ def _compare(ours: Call, peer: Call) -> None:
     assert error < 0.02, f"out: differs by {error:.3g} of the norm"  # NaN fails, too
 
 
-def _check(workload: AttentionWorkload, impl: Impl, gradients: bool = False) -> None:
+def _check(workload: AttentionWorkload, impl: str, gradients: bool = False) -> None:
     """Within twice the error of the reference in bfloat16."""
-    plan = plan_of(workload, impl=impl, device=DEVICE)
+    plan = plan_of(workload, impl=Impl(impl), device=DEVICE)
     tensors = inputs_of(plan, BF16)
     dout = torch.randn_like(tensors[0])
 

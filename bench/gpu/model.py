@@ -40,6 +40,8 @@ TAGS = ControlTokens(
 )  # fmt: skip
 PROMPT_END, WORDS, NUM_TOPICS = 100, (200, 201), 8
 PAGE_SIZE = 64
+NAME = "cuda" if ON_GPU else "cpu"
+"""The implementation that runs."""
 
 
 def run(bench: Bench) -> None:
@@ -158,7 +160,7 @@ def _step(
     token_ids = step.token_ids.clone()
     expected = step().float()
     eager_ms = wall_ms(step, 10)
-    bench.value(f"{name}, eager, on the wall", str(bench.impls[0]), eager_ms, "ms")
+    bench.value(f"{name}, eager, on the wall", NAME, eager_ms, "ms")
     replay = step.captured()
     step.token_ids.copy_(token_ids)
     replay()
@@ -172,7 +174,7 @@ def _step(
         assert expected.isfinite().all(), "logits are not finite"
         torch.testing.assert_close(again, expected, rtol=2e-2, atol=5e-2)
 
-    bench.check(f"{name}, captured", str(bench.impls[0]), check)
+    bench.check(f"{name}, captured", NAME, check)
     if spans:
         size = 2 * sum(p.numel() for p in model.model.layers.parameters())
         head = 2 * model.lm_head.weight.numel()
@@ -180,7 +182,7 @@ def _step(
     else:  # every weight is read once
         weights = [*model.model.layers.parameters(), model.lm_head.weight]
         work = Work(sum(p.nbytes for p in weights), "GB/s")
-    bench.measure(f"{name}, captured", {str(bench.impls[0]): Call(lambda _: replay())}, work)
+    bench.measure(f"{name}, captured", {NAME: Call(lambda _: replay())}, work)
 
 
 def _answers(bench: Bench, model: Decoder) -> None:
@@ -208,17 +210,16 @@ def _answers(bench: Bench, model: Decoder) -> None:
         assert lengths == [10 * number] * NUM_TOPICS, f"another plan was written: {lengths}"
         assert len(prompt) + len(output.token_ids) == len(sequence), "answers differ in length"
 
-    name = str(bench.impls[0])
-    bench.check("whole answer", name, check)
+    bench.check("whole answer", NAME, check)
     times: dict[str, list[float]] = {"ours": [], "published": []}
     for _ in range(5 if ON_GPU else 1):  # by turns
         times["ours"].append(wall_ms(ours, 1))
         times["published"].append(wall_ms(theirs, 1))
     medians = {who: sorted(ms)[len(ms) // 2] for who, ms in times.items()}
-    bench.value("whole answer", name, medians["ours"], "ms")
+    bench.value("whole answer", NAME, medians["ours"], "ms")
     bench.value("whole answer", "published, eager torch", medians["published"], "ms")
     ratio = medians["published"] / medians["ours"]
-    bench.value("whole answer against the published algorithm", name, ratio, "x")
+    bench.value("whole answer against the published algorithm", NAME, ratio, "x")
 
 
 def wall_ms(call: Callable[[], object], num_rounds: int) -> float:

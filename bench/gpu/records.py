@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from device import DEVICE, ON_GPU, Call, Timing, alternate, ceilings, synchronize
 
-from pdiff_runtime.ops import Impl
+from pdiff_runtime.ops import AttentionPlan, Impl
 from pdiff_runtime.testing import BACKENDS
 
 Row = dict[str, Any]
@@ -122,6 +122,18 @@ class Bench:
         self.add({"workload": workload, "impl": str(impl), "failed": lines[0][:200]})
         synchronize()
 
+    def plans(
+        self, workload: str, make: Callable[[Impl], AttentionPlan]
+    ) -> dict[str, AttentionPlan]:
+        """A plan for each of our implementations that takes it."""
+        plans = {}
+        for impl in self.impls:
+            try:
+                plans[str(impl)] = make(impl)
+            except Exception as error:
+                self.fail(workload, impl, error)
+        return plans
+
     def check(self, workload: str, impl: str, check: Callable[[], object]) -> None:
         """Compare with the reference before anything is timed; a failure is a row."""
         try:
@@ -153,7 +165,7 @@ class Bench:
                 able[name] = call
             except Exception as error:
                 self.fail(workload, name, error)
-        num_rounds = 30 if ON_GPU else 2
+        num_rounds = 30 if ON_GPU else 1
         timings = alternate(able, num_rounds=num_rounds, max_seconds=max_seconds)
         ours = next((timings[impl] for impl in map(str, self.impls) if impl in timings), None)
         for name, timing in timings.items():
