@@ -87,6 +87,36 @@ int64_t hybrid_attention_workspace_bytes(int32_t num_slots, int32_t num_heads_kv
 /// Throws pdiff::Error on an unsupported shape.
 void hybrid_attention(const HybridAttentionParams& params, const CudaQueue& queue);
 
+/// The backward on a GPU; memory, alignment and plan as for the forward, packed keys only.
+/// Work   one kernel goes through the rows that see a tile of keys and sums dk and dv, another
+///        through the keys that a tile of rows sees and sums dq; each works out the weights anew.
+/// Bits   nothing is added up between blocks: a sequence's gradients do not depend on the batch.
+struct HybridAttentionBackwardParams {
+  const int32_t* plan = nullptr;   // [num_words], of Schedule::kGpu
+  DType dtype = DType::kBFloat16;  // of q, k, v, out, dout, dq, dk, dv: kBFloat16 or kFloat16
+  int32_t total_q = 0, total_kv = 0;
+  int32_t num_heads_q = 0, num_heads_kv = 0;
+  int32_t head_dim = 0;         // 64 or 128
+  const void* q = nullptr;      // [total_q, num_heads_q, head_dim]
+  const void* k = nullptr;      // [total_kv, num_heads_kv, head_dim]
+  const void* v = nullptr;      // [total_kv, num_heads_kv, head_dim]
+  const void* out = nullptr;    // [total_q, num_heads_q, head_dim], contiguous
+  const float* lse = nullptr;   // [num_heads_q, total_q]
+  const void* dout = nullptr;   // [total_q, num_heads_q, head_dim], contiguous
+  const float* dlse = nullptr;  // [num_heads_q, total_q]; may be null
+  void* dq = nullptr;           // [total_q, num_heads_q, head_dim], contiguous
+  void* dk = nullptr;           // [total_kv, num_heads_kv, head_dim], contiguous
+  void* dv = nullptr;           // [total_kv, num_heads_kv, head_dim], contiguous
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements from token to token
+  float softmax_scale = 1.0f;                        // not negative
+  void* workspace = nullptr;                         // [hybrid_attention_backward_workspace_bytes]
+};
+
+int64_t hybrid_attention_backward_workspace_bytes(int64_t total_q, int32_t num_heads_q);
+
+/// Throws pdiff::Error on an unsupported shape.
+void hybrid_attention_backward(const HybridAttentionBackwardParams& params, const CudaQueue& queue);
+
 }  // namespace cuda
 
 }  // namespace pdiff

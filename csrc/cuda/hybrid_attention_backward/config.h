@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/divider.h"
+#include "pdiff/device.h"
+#include "pdiff/hybrid_attention.h"
+
+namespace pdiff::cuda::attention_backward {
+
+inline constexpr int kNumWarps = 4, kNumThreads = kNumWarps * 32;
+
+// Accumulators fill half of a multiprocessor's registers, and two blocks share one: while one waits
+// at a barrier or works out exponentials, the other multiplies.
+inline constexpr int kBlocksPerSm = 2;
+
+inline constexpr int kStages = 2;  // one to compute with, one on its way
+
+inline constexpr float kLog2E = 1.44269504f;
+
+/// What the kernels take. A packed row is one head of a token: packed row r of a KV head's group is
+/// token r / group_size, head r % group_size.
+struct Problem {
+  HybridAttentionBackwardParams tensors;
+  int32_t group_size;
+  Divider by_group;
+  // Of the workspace:
+  float* row_lse;  // [num_heads_kv, total_q * group_size], in units of log2; +inf if no key is seen
+  float* row_delta;  // as row_lse: sum(dout * out) - dlse
+  int32_t* tickets;  // [2] work items taken by the key and the query kernel
+};
+
+/// Puts the kernels of one element type and head size into a stream.
+template <typename T, int kHeadDim>
+void launch_kernels(const Problem& problem, const CudaQueue& queue);
+
+}  // namespace pdiff::cuda::attention_backward
