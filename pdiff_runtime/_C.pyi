@@ -190,6 +190,31 @@ def hybrid_attention_cuda(
     device_idx: int,
     stream: int,
 ) -> None: ...
+def hybrid_attention_backward_workspace_bytes(total_q: int, num_heads_q: int) -> int: ...
+def hybrid_attention_backward_cuda(
+    plan_address: int,
+    dtype: int,
+    q: int,
+    q_shape: Sequence[int],
+    q_strides: Sequence[int],
+    k: int,
+    k_shape: Sequence[int],
+    k_strides: Sequence[int],
+    v: int,
+    v_shape: Sequence[int],
+    v_strides: Sequence[int],
+    out: int,
+    lse: int,
+    dout: int,
+    dlse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    softmax_scale: float,
+    workspace: int,
+    device_idx: int,
+    stream: int,
+) -> None: ...
 
 # Row kernels. Tensors are addresses, 0 for None; a per-span setting is (address, value).
 def unmask(

@@ -196,6 +196,47 @@ void forward_cuda(int64_t plan, int32_t num_slots, int32_t dtype, int64_t q_addr
   py::gil_scoped_release release;
   cuda::hybrid_attention(params, {device_idx, reinterpret_cast<void*>(stream)});
 }
+
+void backward_cuda(int64_t plan, int32_t dtype, int64_t q_address, const py::tuple& q_shape,
+                   const py::tuple& q_strides, int64_t k_address, const py::tuple& k_shape,
+                   const py::tuple& k_strides, int64_t v_address, const py::tuple& v_shape,
+                   const py::tuple& v_strides, int64_t out, int64_t lse, int64_t dout, int64_t dlse,
+                   int64_t dq, int64_t dk, int64_t dv, float softmax_scale, int64_t workspace,
+                   int device_idx, int64_t stream) {
+  const TensorArg q("q", q_address, q_shape, q_strides);
+  const TensorArg k("k", k_address, k_shape, k_strides);
+  const TensorArg v("v", v_address, v_shape, v_strides);
+  PDIFF_CHECK(q.num_dims == 3, "q: expected [total_q, num_heads_q, head_dim], got ",
+              q.shape_text());
+  PDIFF_CHECK(k.num_dims == 3, "plan: expected packed keys, got a page table");
+  check_rows(q, q.shape[1], q.shape[2]);
+  check_packed(k, k.shape[0], k.shape[1], q.shape[2]);
+  check_packed(v, k.shape[0], k.shape[1], q.shape[2]);
+  const cuda::HybridAttentionBackwardParams params{.plan = reinterpret_cast<const int32_t*>(plan),
+                                                   .dtype = static_cast<DType>(dtype),
+                                                   .total_q = static_cast<int32_t>(q.shape[0]),
+                                                   .total_kv = static_cast<int32_t>(k.shape[0]),
+                                                   .num_heads_q = static_cast<int32_t>(q.shape[1]),
+                                                   .num_heads_kv = static_cast<int32_t>(k.shape[1]),
+                                                   .head_dim = static_cast<int32_t>(q.shape[2]),
+                                                   .q = q.data,
+                                                   .k = k.data,
+                                                   .v = v.data,
+                                                   .out = reinterpret_cast<const void*>(out),
+                                                   .lse = reinterpret_cast<const float*>(lse),
+                                                   .dout = reinterpret_cast<const void*>(dout),
+                                                   .dlse = reinterpret_cast<const float*>(dlse),
+                                                   .dq = reinterpret_cast<void*>(dq),
+                                                   .dk = reinterpret_cast<void*>(dk),
+                                                   .dv = reinterpret_cast<void*>(dv),
+                                                   .q_stride = q.strides[0],
+                                                   .k_stride = k.strides[0],
+                                                   .v_stride = v.strides[0],
+                                                   .softmax_scale = softmax_scale,
+                                                   .workspace = reinterpret_cast<void*>(workspace)};
+  py::gil_scoped_release release;
+  cuda::hybrid_attention_backward(params, {device_idx, reinterpret_cast<void*>(stream)});
+}
 #endif
 
 }  // namespace
@@ -206,6 +247,9 @@ void bind_hybrid_attention(py::module_& m) {
 #if PDIFF_WITH_CUDA
   m.def("hybrid_attention_workspace_bytes", &cuda::hybrid_attention_workspace_bytes);
   m.def("hybrid_attention_cuda", &forward_cuda);
+  m.def("hybrid_attention_backward_workspace_bytes",
+        &cuda::hybrid_attention_backward_workspace_bytes);
+  m.def("hybrid_attention_backward_cuda", &backward_cuda);
 #endif
 }
 

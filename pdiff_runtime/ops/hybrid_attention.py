@@ -273,8 +273,8 @@ def _backward_op(
         if k.ndim == 4:
             raise ValueError("plan: expected packed keys, got a page table")
         return triton.hybrid_attention_backward(dout, dlse, q, k, v, out, lse, plan, softmax_scale)
-    if impl != Impl.CPU:
-        raise NotImplementedError(impl)
+    if impl == Impl.CUDA:
+        return _backward_cuda(dout, dlse, q, k, v, out, lse, plan, softmax_scale)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _C.hybrid_attention_backward(
         plan.data_ptr(),
@@ -298,6 +298,46 @@ def _backward_op(
         dv.data_ptr(),
         softmax_scale,
         torch.get_num_threads(),
+    )
+    return dq, dk, dv
+
+
+def _backward_cuda(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    num_bytes = _C.hybrid_attention_backward_workspace_bytes(q.shape[0], q.shape[1])
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
+    _C.hybrid_attention_backward_cuda(
+        plan.data_ptr(),
+        DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        q.shape,
+        q.stride(),
+        k.data_ptr(),
+        k.shape,
+        k.stride(),
+        v.data_ptr(),
+        v.shape,
+        v.stride(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        dout.data_ptr(),
+        pointer(dlse),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        softmax_scale,
+        workspace.data_ptr(),
+        *cuda_stream(q.device),
     )
     return dq, dk, dv
 
