@@ -7,46 +7,16 @@
 #include "common/tile_walk.h"
 #include "pdiff/attention_plan.h"
 #include "tests/check.h"
+#include "tests/random_layout.h"
 
 namespace {
 
 using pdiff::AttentionPlan;
 using pdiff::PlanView;
 using pdiff::SpanLayout;
-
-int random_int(std::mt19937& random, int lo, int hi) {
-  return std::uniform_int_distribution<int>(lo, hi)(random);
-}
-
-// Any segments at all, more than a model's text ever makes of them.
-SpanLayout random_layout(std::mt19937& random) {
-  const int num_keys = random_int(random, 0, 90), num_segments = random_int(random, 0, 12);
-  std::vector<int64_t> num_rows, interval_ptr{0}, intervals;
-  std::vector<int32_t> kinds;
-  for (int s = 0; s < num_segments; ++s) {
-    int kind = random_int(random, 0, 1), rows = random_int(random, 0, 9), key = 0;
-    const size_t first = intervals.size();
-    while (key < num_keys && random_int(random, 0, 3) > 0) {
-      const int lo = random_int(random, key, num_keys - 1);
-      key = random_int(random, lo + 1, num_keys);
-      intervals.insert(intervals.end(), {lo, key});
-    }
-    const bool follows =
-        intervals.size() > first && intervals.back() - intervals[intervals.size() - 2] >= rows;
-    if (!follows) kind = pdiff::kFull;
-    num_rows.push_back(rows);
-    kinds.push_back(kind);
-    interval_ptr.push_back(static_cast<int64_t>(intervals.size() / 2));
-  }
-  return pdiff::layout_from_segments(num_keys, num_segments, num_rows.data(), kinds.data(),
-                                     interval_ptr.data(), intervals.data());
-}
-
-std::vector<uint8_t> dense(const SpanLayout& layout) {
-  std::vector<uint8_t> mask(static_cast<size_t>(layout.num_rows) * layout.num_keys);
-  pdiff::write_dense_mask(layout, mask.data());
-  return mask;
-}
+using pdiff::test::dense_mask;
+using pdiff::test::random_int;
+using pdiff::test::random_layout;
 
 TEST(runs_of_all_tiles_make_the_mask) {
   std::mt19937 random(0);
@@ -58,7 +28,7 @@ TEST(runs_of_all_tiles_make_the_mask) {
                                                           .tile_rows = random_int(random, 1, 40)});
     const PlanView view = pdiff::view_plan(plan.words(), plan.num_words());
     std::vector<uint8_t> masks[2];
-    for (int i = 0; i < 2; ++i) masks[i].resize(dense(layouts[i]).size());
+    for (int i = 0; i < 2; ++i) masks[i].resize(dense_mask(layouts[i]).size());
     int64_t pairs_before = INT64_MAX;
     for (int t = 0; t < view.header.num_tiles; ++t) {
       const pdiff::PlanTile& tile = view.tiles[t];
@@ -89,7 +59,7 @@ TEST(runs_of_all_tiles_make_the_mask) {
       CHECK(pairs <= pairs_before);  // most work first
       pairs_before = pairs;
     }
-    for (int i = 0; i < 2; ++i) CHECK(masks[i] == dense(layouts[i]));
+    for (int i = 0; i < 2; ++i) CHECK(masks[i] == dense_mask(layouts[i]));
   }
 }
 

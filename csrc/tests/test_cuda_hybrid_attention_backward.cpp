@@ -244,8 +244,8 @@ TEST(gradients_of_random_layouts) {
                 heads_kv,
                 trial % 3 == 2 ? 128 : 64,
                 trial % 4 == 3 ? DType::kFloat16 : DType::kBFloat16};
-    batch.layouts.push_back(pdiff::test::random_layout(random));
-    batch.layouts.push_back(pdiff::test::random_document(random, 30));
+    if (heads_q < 10) batch.layouts.push_back(pdiff::test::random_layout(random));
+    batch.layouts.push_back(pdiff::test::random_document(random, heads_q < 10 ? 30 : 3));
     const Case problem(batch, random, trial % 2 * 8, trial % 3 * 64);
     const Gradients gradients = problem.run();
     problem.check(gradients);

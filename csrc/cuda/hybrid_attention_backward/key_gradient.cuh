@@ -252,8 +252,11 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
     const auto take = [&](VisibleWalk<RowsOfKey>& walk, int position) {
       const int thread = this_thread();
       const uint64_t bits = walk.take(position, kBlockRows);
-      // A key past the tile's end sees whatever the others do: what it sums is not written.
-      if (own_key(thread) >= shared.item.num_keys) return ~0u;
+      // A key past the tile's end sees whatever the warp's others do: what it sums is not written.
+      const int num_keys = shared.item.num_keys;
+      if (own_key(thread) >= num_keys) {
+        return thread / kWarpSize * kWarpKeys < num_keys ? ~0u : 0u;
+      }
       return static_cast<uint32_t>(bits >> (thread % kWarpSize / kWarpKeys * 32));
     };
     for_each_block<kBlockRows>(shared.walks, shared.queue, copy, take,

@@ -237,8 +237,10 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
     };
     const auto take = [&](VisibleWalk<KeysOfRow>& walk, int position) {
       const auto bits = static_cast<uint32_t>(walk.take(position, kBlockKeys));
-      // A row past the tile's end has weights of 0, whatever it is said to see.
-      return this_thread() < shared.item.num_rows ? bits : ~0u;
+      // A row past the tile's end sees what the warp's others do: its weights are 0 anyway.
+      const int row = this_thread(), num_rows = shared.item.num_rows;
+      if (row >= num_rows) return row / kWarpSize * kWarpRows < num_rows ? ~0u : 0u;
+      return bits;
     };
     QueryGradient<T, kHeadDim> gradient(this_thread(), x.softmax_scale * kLog2E);
     for_each_block<kBlockKeys>(shared.walks, shared.queue, copy, take,
