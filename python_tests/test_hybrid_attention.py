@@ -357,7 +357,7 @@ def bad(**changes):
         (bad(k=lambda k: k.to("meta")), "q, k, v: expected tensors on cpu"),
         (bad(q=lambda q: q.transpose(1, 2).contiguous().transpose(1, 2)), "q: expected contiguous"),
         (bad(softmax_scale=-0.5), "softmax_scale: expected >= 0, got -0.5"),
-        (bad(impl="cuda"), "impl: cuda is not available on cpu"),
+        (bad(impl="cuda"), "impl: cuda is not available on cpu|plan: expected one packed for cuda"),
         (bad(impl="fast"), "impl: expected one of"),
     ],
 )
