@@ -5,13 +5,12 @@
 #include <limits>
 #include <numeric>
 
+#include "common/gpu_schedule.h"
 #include "common/tile_walk.h"
 #include "pdiff/error.h"
 
 namespace pdiff {
 namespace {
-
-constexpr int32_t kMagic = 0x70646970;  // "pdip"
 
 int32_t checked_sum(int64_t sum, const char* name) {
   PDIFF_CHECK(sum <= std::numeric_limits<int32_t>::max(), name, ": expected at most 2^31 - 1, got ",
@@ -35,36 +34,6 @@ int32_t cpu_tile_rows(const std::vector<const SpanLayout*>& layouts,
     if (num_tasks >= kTasksPerThread * options.num_threads) break;
   }
   return rows;
-}
-
-// Tokens per tile of the GPU kernels: the heads of a group fill the tile.
-int32_t gpu_tile_rows(const AttentionPlanOptions& options) {
-  const int32_t group_size = options.num_heads_q / options.num_heads_kv;
-  return std::max(1, kGpuTileRows / group_size);
-}
-
-// How many tiles of kGpuTileKeys keys the rows of a tile visit.
-int32_t num_key_tiles_of(const SegmentsView& view, int32_t segment, int32_t row_hi) {
-  int32_t num = 0;
-  KeyRun run{};
-  for (int32_t key = 0; next_run(view, segment, row_hi, key, &run); key = run.key_lo + 1) {
-    num += (run.key_hi - run.key_lo + kGpuTileKeys - 1) / kGpuTileKeys;
-  }
-  return num;
-}
-
-// Pairs of rows and keys that a key tile's rows make up, over whole ranges.
-int64_t pairs_of_keys(const KeyMajorLayout& layout, int32_t segment, int32_t key_lo,
-                      int32_t key_hi) {
-  int64_t pairs = 0;
-  for (size_t s = segment; s < layout.segments.size() && layout.segments[s].lo < key_hi; ++s) {
-    const int64_t keys =
-        std::min(layout.segments[s].hi, key_hi) - std::max(layout.segments[s].lo, key_lo);
-    for (int32_t r = layout.range_ptr[s]; r < layout.range_ptr[s + 1]; ++r) {
-      pairs += keys * (layout.ranges[r].q_hi - layout.ranges[r].q_lo);
-    }
-  }
-  return pairs;
 }
 
 // Indices in order of falling work.
@@ -157,7 +126,7 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
   PDIFF_CHECK(options.page_size >= 0, "page_size: expected > 0, got ", options.page_size);
 
   PlanHeader header{};
-  header.magic = kMagic;
+  header.magic = kPlanMagic;
   header.num_sequences = static_cast<int32_t>(layouts.size());
   header.num_heads_q = options.num_heads_q;
   header.num_heads_kv = options.num_heads_kv;
@@ -166,8 +135,8 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
   header.schedule = static_cast<int32_t>(options.schedule);
   const bool for_gpu = options.schedule == Schedule::kGpu;
   header.tile_rows = options.tile_rows > 0 ? options.tile_rows
-                     : for_gpu             ? gpu_tile_rows(options)
-                                           : cpu_tile_rows(layouts, options);
+                     : for_gpu ? gpu_tile_rows(options.num_heads_q / options.num_heads_kv)
+                               : cpu_tile_rows(layouts, options);
 
   std::vector<PlanSequence> sequences;
   std::vector<Segment> segments;
@@ -231,7 +200,7 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
         continue;
       }
       const int32_t key_tiles = num_key_tiles_of(local, segment, row_hi);
-      const bool few_rows = (row_hi - row) * group_size <= kFewRows;
+      const bool few_rows = has_few_rows(row_hi - row, group_size);
       if (few_rows && options.split_keys && key_tiles > kPartKeyTiles) {
         tile.num_parts = (key_tiles + kPartKeyTiles - 1) / kPartKeyTiles;
         tile.slot_begin = header.num_slots;
@@ -259,6 +228,8 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
     const KeyMajorLayout twin = key_major(*layouts[idx]);
     sequences[idx].key_segment_begin = static_cast<int32_t>(key_segments.size());
     sequences[idx].num_key_segments = static_cast<int32_t>(twin.segments.size());
+    const KeySegmentsView local{twin.segments.data(), twin.range_ptr.data(), twin.ranges.data(),
+                                sequences[idx].num_key_segments};
     int32_t segment = 0;
     for (int32_t key = 0; key < sequences[idx].num_keys; key += kGpuTileKeys) {
       const int32_t key_hi = std::min(sequences[idx].num_keys, key + kGpuTileKeys);
@@ -267,7 +238,7 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
       }
       key_tiles.push_back(
           {.sequence = idx, .key_lo = key, .key_hi = key_hi, .key_segment = segment});
-      key_tile_work.push_back(pairs_of_keys(twin, segment, key, key_hi));
+      key_tile_work.push_back(pairs_of_keys(local, segment, key, key_hi));
     }
     const int32_t base = range_ptr.back();
     key_segments.insert(key_segments.end(), twin.segments.begin(), twin.segments.end());
@@ -295,9 +266,9 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
 
 PlanView view_plan(const int32_t* words, int64_t num_words) {
   constexpr int64_t kHeaderWords = sizeof(PlanHeader) / sizeof(int32_t);
-  PDIFF_CHECK(
-      words != nullptr && num_words >= kHeaderWords && words[0] == kMagic && words[1] == num_words,
-      "plan: expected the words of an AttentionPlan");
+  PDIFF_CHECK(words != nullptr && num_words >= kHeaderWords && words[0] == kPlanMagic &&
+                  words[1] == num_words,
+              "plan: expected the words of an AttentionPlan");
   return plan_view_of(words);
 }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "pdiff/device.h"
 #include "pdiff/span_layout.h"
 
 namespace pdiff {
@@ -39,6 +40,17 @@ enum class Schedule : int32_t { kCpu = 0, kGpu = 1 };
 inline constexpr int32_t kGpuTileRows = 128, kGpuTileKeys = 64;
 inline constexpr int32_t kFewRows = 16, kPartKeyTiles = 8;
 
+inline constexpr int32_t kPlanMagic = 0x70646970;  // "pdip"
+
+/// What kept a plan from being built on the device. It then has no tiles.
+enum class PlanError : int32_t {
+  kNone = 0,
+  kNestedSpan = 1,    // a span was opened inside a span
+  kTooManyTags = 2,   // more than max_tags
+  kTooManyGaps = 3,   // more key intervals than kIntervalsPerSegment on average
+  kBadCuSeqlens = 4,  // not ascending from 0 to total_tokens
+};
+
 /// The first words of a plan. Offsets count int32 words from the plan's start.
 struct PlanHeader {
   int32_t magic, num_words;
@@ -50,6 +62,7 @@ struct PlanHeader {
   int32_t page_size, num_pages;  // 0 when packed; else every page id is below num_pages
   int32_t sequences, sequence_order, tiles, segments, interval_ptr, intervals, pages;  // offsets
   int32_t key_tiles, key_segments, range_ptr, ranges;                                  // offsets
+  int32_t error;                                                                       // PlanError
 };
 
 /// A plan as kernels see it: pointers into one block of words, here or in device memory.
@@ -97,6 +110,36 @@ class AttentionPlan {
  private:
   std::vector<int32_t> words_;
 };
+
+/// A plan that is built on the device from packed token ids: what AttentionPlan holds for their
+/// layouts (layout_from_tokens), with Schedule::kGpu and no keys shared out.
+/// Room      for max_tags tags and syncs, stray ones included; what is left of it is not written.
+/// Order     of tiles only roughly by work; of sequences as they come.
+/// Errors    are in the header.
+struct PlanFromTokensParams {
+  static constexpr int64_t kIntervalsPerSegment = 4;
+
+  const int64_t* token_ids;   // [total_tokens]
+  const int32_t* cu_seqlens;  // [num_sequences + 1]
+  int64_t total_tokens, num_sequences, max_tags;
+  SpanTagIds tags;
+  bool isolate_spans;
+  int32_t num_heads_q, num_heads_kv, head_dim;
+};
+
+namespace cuda {
+
+/// How many words the plan takes. Throws pdiff::Error when it can not be.
+int64_t plan_from_tokens_words(const PlanFromTokensParams& params);
+int64_t plan_from_tokens_workspace_bytes(const PlanFromTokensParams& params);
+
+/// Nothing is read back; a graph may capture it.
+void plan_from_tokens(const PlanFromTokensParams& params,
+                      int32_t* words,   // [plan_from_tokens_words]
+                      void* workspace,  // aligned to 16
+                      const CudaQueue& queue);
+
+}  // namespace cuda
 
 /// Reads a block of words as a plan. Throws pdiff::Error when it is not one.
 PlanView view_plan(const int32_t* words, int64_t num_words);
