@@ -283,7 +283,35 @@ def weighted_cross_entropy(
     num_threads: int,
 ) -> None: ...
 
+plan_error_word: int
+
 # Built with CUDA only. Device tensors are addresses, too; nothing waits for the device.
+def plan_from_tokens_sizes(
+    total_tokens: int,
+    num_sequences: int,
+    max_tags: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+) -> tuple[int, int]: ...
+def plan_from_tokens_cuda(
+    token_ids: int,
+    cu_seqlens: int,
+    total_tokens: int,
+    num_sequences: int,
+    max_tags: int,
+    async_start: int,
+    async_end: int,
+    sync: int,
+    isolate_spans: bool,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    words: int,
+    workspace: int,
+    device_idx: int,
+    stream: int,
+) -> None: ...
 def rope_kv_write_cuda(
     q: int,
     k: int,

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "bindings/address.h"
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
@@ -27,6 +29,46 @@ AttentionPlan pack(const std::vector<const SpanLayout*>& layouts, int32_t num_he
                                  .max_pages = max_pages});
 }
 
+#if PDIFF_WITH_CUDA
+// The words and the bytes of workspace that a plan from tokens takes.
+py::tuple plan_from_tokens_sizes(int64_t total_tokens, int64_t num_sequences, int64_t max_tags,
+                                 int32_t num_heads_q, int32_t num_heads_kv, int32_t head_dim) {
+  const PlanFromTokensParams params = {.token_ids = nullptr,
+                                       .cu_seqlens = nullptr,
+                                       .total_tokens = total_tokens,
+                                       .num_sequences = num_sequences,
+                                       .max_tags = max_tags,
+                                       .tags = {},
+                                       .isolate_spans = true,
+                                       .num_heads_q = num_heads_q,
+                                       .num_heads_kv = num_heads_kv,
+                                       .head_dim = head_dim};
+  return py::make_tuple(cuda::plan_from_tokens_words(params),
+                        cuda::plan_from_tokens_workspace_bytes(params));
+}
+
+void plan_from_tokens_cuda(std::uintptr_t token_ids, std::uintptr_t cu_seqlens,
+                           int64_t total_tokens, int64_t num_sequences, int64_t max_tags,
+                           int64_t async_start, int64_t async_end, int64_t sync, bool isolate_spans,
+                           int32_t num_heads_q, int32_t num_heads_kv, int32_t head_dim,
+                           std::uintptr_t words, std::uintptr_t workspace, int device_idx,
+                           std::uintptr_t stream) {
+  const PlanFromTokensParams params = {.token_ids = address<const int64_t>(token_ids),
+                                       .cu_seqlens = address<const int32_t>(cu_seqlens),
+                                       .total_tokens = total_tokens,
+                                       .num_sequences = num_sequences,
+                                       .max_tags = max_tags,
+                                       .tags = {async_start, async_end, sync},
+                                       .isolate_spans = isolate_spans,
+                                       .num_heads_q = num_heads_q,
+                                       .num_heads_kv = num_heads_kv,
+                                       .head_dim = head_dim};
+  const py::gil_scoped_release release;
+  cuda::plan_from_tokens(params, address<int32_t>(words), address<void>(workspace),
+                         {device_idx, address<void>(stream)});
+}
+#endif
+
 }  // namespace
 
 void bind_attention_plan(py::module_& m) {
@@ -47,6 +89,11 @@ void bind_attention_plan(py::module_& m) {
       .def_property_readonly("num_slots", header_field(&PlanHeader::num_slots))
       .def_property_readonly("num_key_tiles", header_field(&PlanHeader::num_key_tiles))
       .def_property_readonly("num_pages", header_field(&PlanHeader::num_pages));
+#if PDIFF_WITH_CUDA
+  m.def("plan_from_tokens_sizes", &plan_from_tokens_sizes);
+  m.def("plan_from_tokens_cuda", &plan_from_tokens_cuda);
+#endif
+  m.attr("plan_error_word") = offsetof(PlanHeader, error) / sizeof(int32_t);
 }
 
 }  // namespace pdiff::bindings
