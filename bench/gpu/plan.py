@@ -15,6 +15,7 @@ from workloads import gpu_attention
 from pdiff_runtime.ops import AttentionPlan
 from pdiff_runtime.plan import SpanLayout
 
+TAG_IDS = {"async_start": TAGS.async_start, "async_end": TAGS.async_end, "sync": TAGS.sync}
 HEADS = {"num_heads_q": 28, "num_heads_kv": 4, "head_dim": 128}
 
 
@@ -33,16 +34,12 @@ def _training(bench: Bench) -> None:
             return AttentionPlan.pack([layout], **HEADS, device=DEVICE, impl=impl)
 
         bench.value("attention plan on the host, layout included", impl, _host_us(on_host), "us")
-    if not hasattr(AttentionPlan, "from_tokens"):
-        bench.add({"workload": "attention plan on the device", "impl": "cuda",
-                   "skipped": "AttentionPlan.from_tokens is not there"})  # fmt: skip
-        return
     on_device = torch.from_numpy(tokens).to(DEVICE)
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=DEVICE)
     calls = {
         str(impl): Call(
             lambda _, impl=impl: AttentionPlan.from_tokens(
-                on_device, cu_seqlens, TAGS, **HEADS, impl=impl
+                on_device, cu_seqlens, **TAG_IDS, **HEADS, impl=impl
             )
         )
         for impl in bench.impls
