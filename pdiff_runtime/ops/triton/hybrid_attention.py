@@ -47,6 +47,8 @@ from pdiff_runtime.ops.triton.plan import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""Where maxima start: finite, so that differences of two of them are numbers."""
 
 
 def forward_config(dtype: torch.dtype, block_d: int, shared_bytes: int) -> Config:
@@ -84,18 +86,22 @@ def _attend(
             page = tl.load(pages + key // PAGE_SIZE, mask=is_key, other=0).to(tl.int64)
             k_offset = page * k_page_stride + (key % PAGE_SIZE) * k_stride
             v_offset = page * v_page_stride + (key % PAGE_SIZE) * v_stride
-        # s <- q @ k^T; the maximum is kept unscaled, so that one multiply-add gives the exponent
         keys = load_keys(k_tile, k_offset, is_key, MASKED, HEAD_DIM, BLOCK_D)
+        # s <- q @ k^T; row_max <- max(row_max, scale * s)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee")
         if MASKED:
-            s = tl.where(place[None, :] < visible[:, None], s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, axis=1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max * scale_log2)
-        # p <- exp(scale * s - max)
-        p = tl.exp2(tl.fma(s, scale_log2, -shift[:, None]))
-        if MASKED:  # scale 0 times -inf
-            p = tl.where(place[None, :] < visible[:, None], p, 0.0)
-        alpha = tl.exp2(tl.where(row_max == float("-inf"), row_max, row_max * scale_log2 - shift))
+            visible_here = place[None, :] < visible[:, None]
+            block_max = tl.max(tl.where(visible_here, s, float("-inf")), axis=1)
+            # not -inf times a scale of 0
+            scaled = tl.where(block_max == float("-inf"), row_max, block_max * scale_log2)
+        else:
+            scaled = tl.max(s, axis=1) * scale_log2
+        new_max = tl.maximum(row_max, scaled)
+        # p <- exp(scale * s - row_max)
+        p = tl.exp2(tl.fma(s, scale_log2, -new_max[:, None]))
+        if MASKED:
+            p = tl.where(visible_here, p, 0.0)
+        alpha = tl.exp2(row_max - new_max)
         row_max = new_max
         row_sum = row_sum * alpha + tl.sum(p, axis=1)
         # out <- alpha * out + p @ v
@@ -134,7 +140,7 @@ def forward_kernel(
                 head_v += first * v_stride
 
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
             key_lo, visible, cursor = next_run(intervals, cursor, end, behind)
             while key_lo != NONE:
@@ -154,7 +160,7 @@ def forward_kernel(
                 )  # fmt: skip
                 key_lo, visible, cursor = next_run(intervals, cursor, end, behind)
 
-            blind = row_max == float("-inf")
+            blind = row_sum == 0.0
             row_sum = tl.where(blind, 1.0, row_sum)
             acc = acc / row_sum[:, None]
             token, head, is_row, kv_head = locate(words, task, tile, GROUP, HEADS_KV, BLOCK_M)
@@ -162,7 +168,7 @@ def forward_kernel(
             offset = row.to(tl.int64) * (HEADS_KV * GROUP * HEAD_DIM) + head * HEAD_DIM
             store_rows(out, offset, acc, is_row, HEAD_DIM, BLOCK_D)
             if lse is not None:
-                log_sum = row_max * (scale_log2 * LN_2) + tl.log(row_sum)
+                log_sum = row_max * LN_2 + tl.log(row_sum)
                 log_sum = tl.where(blind, float("-inf"), log_sum)
                 tl.store(lse + head.to(tl.int64) * total_q + row, log_sum, mask=is_row)
 

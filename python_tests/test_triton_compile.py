@@ -1,0 +1,102 @@
+"""The machine code of the Triton kernels, compiled here for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import sass
+import triton_kernels
+
+pytest.importorskip("triton")
+
+ATTENTION = [
+    f"{kernel}_{head_dim}{pages}"
+    for head_dim in (64, 128)
+    for kernel, pages in (("forward", "_page0"), ("forward", "_page64"), ("dq", ""), ("dk_dv", ""))
+]
+NAMES = [
+    *ATTENTION, "delta", "rope_kv_write", "score_greedy", "score_filtered", "finish_greedy",
+    "finish_filtered", "select", "ban",
+]  # fmt: skip
+MOST_STACK_BYTES = 64
+"""Of the one kernel that keeps a few numbers of a task there while it walks the task's rows."""
+PRODUCT = {80: "HMMA", 90: "HGMMA"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cubins")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([p for p in sys.path if p])
+    result = subprocess.run(
+        [sys.executable, triton_kernels.__file__, str(path)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return path
+
+
+@pytest.fixture(params=[80, 90])
+def arch(request):
+    return request.param
+
+
+def machine_code(binary: Path) -> list[sass.Instruction]:
+    (code,) = sass.instructions_of(sass.dump(sass.find_cuobjdump(), "-sass", binary)).values()
+    return code
+
+
+def product_loops(code, product):
+    """The shortest way from each block with a matrix product back to it, as instructions."""
+    blocks, graph = sass.blocks_of(code)
+    for start, block in blocks.items():
+        if any(i.opcode.startswith(product) for i in block):
+            ways = [
+                nx.shortest_path(graph, following, start)
+                for following in graph.successors(start)
+                if nx.has_path(graph, following, start)
+            ]
+            way = min(ways, key=lambda way: sum(len(blocks[block]) for block in way))
+            yield [i for block_start in way for i in blocks[block_start]]
+
+
+def test_every_kernel_is_compiled(folder):
+    expected = {f"sm_{arch}-{name}.cubin" for arch in (80, 90) for name in NAMES}
+    assert {path.name for path in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_spills(name, arch, folder):
+    (kernel,) = sass.kernels_of(sass.find_cuobjdump(), folder / f"sm_{arch}-{name}.cubin")
+    most = MOST_STACK_BYTES if name == "dk_dv_128" else 0
+    assert kernel.resources["STACK"] <= most, kernel.resources
+    assert kernel.resources["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_products_run_on_tensor_cores_and_their_loops_touch_no_local_memory(name, arch, folder):
+    code = machine_code(folder / f"sm_{arch}-{name}.cubin")
+    loops = list(product_loops(code, PRODUCT[arch]))
+    assert len(loops) >= 2  # of full tiles, of the others
+    for loop in loops:
+        assert not any(i.opcode.startswith(("LDL", "STL")) for i in loop)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("forward")])
+def test_full_tiles_carry_no_mask(name, arch, folder):
+    code = machine_code(folder / f"sm_{arch}-{name}.cubin")
+    loops = list(product_loops(code, PRODUCT[arch]))
+    masked = [any(i.is_mask for i in loop) for loop in loops]
+    assert any(masked)
+    assert not all(masked)
+
+
+def test_logits_are_read_sixteen_bytes_at_a_time(arch, folder):
+    code = machine_code(folder / f"sm_{arch}-score_greedy.cubin")
+    assert any(i.opcode.startswith("LDG") and ".128" in i.opcode for i in code)
+    assert not any(i.opcode.startswith("LDG") and ".U16" in i.opcode for i in code)
