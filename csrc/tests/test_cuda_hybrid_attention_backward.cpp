@@ -287,7 +287,7 @@ TEST(wrong_arguments_are_named) {
   const Batch many_heads{{pdiff::test::random_document(random, 4)}, 129, 1, 64, DType::kBFloat16};
   CHECK_THROWS(Case(many_heads, random).run(), "num_heads_q: expected at most 128 query heads");
   const Batch strided{{pdiff::test::random_document(random, 4)}, 1, 1, 64, DType::kBFloat16};
-  CHECK_THROWS(Case(strided, random, 4).run(), "q: expected tokens that start at multiples");
+  CHECK_THROWS(Case(strided, random, 4).run(), "q: expected rows aligned to 16 bytes, a stride");
 }
 
 }  // namespace

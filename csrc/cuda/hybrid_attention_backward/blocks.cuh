@@ -8,6 +8,7 @@
 #include "cuda/common/shared_tile.cuh"
 #include "cuda/hybrid_attention_backward/config.h"
 #include "cuda/ptx/compiler.cuh"
+#include "cuda/ptx/math.cuh"
 
 namespace pdiff::cuda::attention_backward {
 
@@ -24,12 +25,30 @@ __device__ __forceinline__ void take_item(Item& shared, const Take& take) {
   __syncthreads();
 }
 
-/// The rows of two tensors that belong together.
 template <typename T>
+__device__ __forceinline__ const unsigned char* bytes_at(const void* tensor, int64_t element) {
+  return reinterpret_cast<const unsigned char*>(static_cast<const T*>(tensor) + element);
+}
+
+/// Rows of two tensors that belong together; where not `valid`, zeros stand for them.
 struct RowPair {
-  const T *a, *b;
+  const unsigned char *a, *b;
   bool valid;
 };
+
+/// Packed row `packed` of q and dout. The rows of one token lie together, and a gap follows, so an
+/// address is two multiply-adds.
+template <int kHeadDim>
+__device__ __forceinline__ RowPair query_pair(const Problem& problem, const unsigned char* q,
+                                              const unsigned char* dout, int packed, bool valid) {
+  const int64_t token = problem.by_group.divide(packed), offset = int64_t{packed} * (2 * kHeadDim);
+  return {q + offset + token * problem.q_gap, dout + offset + token * problem.dout_gap, valid};
+}
+
+__device__ __forceinline__ RowPair key_pair(const Problem& problem, const unsigned char* k,
+                                            const unsigned char* v, int key, bool valid) {
+  return {k + int64_t{key} * problem.k_bytes, v + int64_t{key} * problem.v_bytes, valid};
+}
 
 /// Starts to copy two tiles of rows; row_pair(row) says from where.
 template <int kRows, int kHeadDim, typename RowPairAt>
@@ -42,10 +61,44 @@ __device__ __forceinline__ void copy_row_pairs_async(unsigned char* a, unsigned 
   const int to = piece_offset<kHeadDim>(first_row, piece);
 #pragma unroll
   for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-    const auto from = row_pair(first_row + i * kRowsAtOnce);
+    const RowPair from = row_pair(first_row + i * kRowsAtOnce);
     const int below = i * kTileBytes<kRowsAtOnce, kHeadDim>;
-    copy_async_16(a + to + below, from.a + piece * kPieceElements, from.valid);
-    copy_async_16(b + to + below, from.b + piece * kPieceElements, from.valid);
+    copy_async_16(a + to + below, from.a + piece * kPieceBytes, from.valid);
+    copy_async_16(b + to + below, from.b + piece * kPieceBytes, from.valid);
+  }
+}
+
+/// Writes rows of sums, first_row and on, that a warp holds in blocks of 16: through its part of a
+/// tile that no one else uses any more, so that 16 bytes go at a time. row_at(row) is where a row
+/// goes, null if it does not.
+template <typename T, int kHeadDim, int kBlocks, typename RowAt>
+__device__ __forceinline__ void store_rows(unsigned char* tile, int first_row,
+                                           const float (&x)[kBlocks][kHeadDim / 8][4], float scale,
+                                           const RowAt& row_at) {
+  const int lane = this_thread() % kWarpSize;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int c = 0; c < kHeadDim / 8; ++c) {
+        const int to = pair_offset<kHeadDim>(first_row + 16 * i + 8 * h, 8 * c, lane);
+        *reinterpret_cast<uint32_t*>(tile + to) =
+            pack2<T>(scale * x[i][c][2 * h], scale * x[i][c][2 * h + 1]);
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kPieces = kHeadDim / kPieceElements, kRowsAtOnce = kWarpSize / kPieces;
+  const int piece = lane % kPieces;
+#pragma unroll
+  for (int i = 0; i < 16 * kBlocks; i += kRowsAtOnce) {
+    const int row = first_row + i + lane / kPieces;
+    T* to = row_at(row);
+    if (to == nullptr) continue;
+    *reinterpret_cast<uint4*>(to + piece * kPieceElements) =
+        *reinterpret_cast<const uint4*>(tile + piece_offset<kHeadDim>(row, piece));
   }
 }
 
@@ -57,7 +110,8 @@ struct BlockQueue {
 
 /// Goes through the blocks of kBlock positions that the walks of all threads make up together.
 /// Calls copy(stage, position) to start the copies of a block, take(walk, position) for what the
-/// thread's owner sees of it, and when the copies have arrived accumulate(stage).
+/// thread's owner sees of it, and when the copies have arrived accumulate(stage). What the caller
+/// started to copy before has arrived with the first block, or when there is none, at the end.
 template <int kBlock, typename Walk, typename Copy, typename Take, typename Accumulate>
 __device__ __forceinline__ void for_each_block(Walk (&walks)[kNumThreads], BlockQueue& queue,
                                                const Copy& copy, const Take& take,
@@ -87,7 +141,11 @@ __device__ __forceinline__ void for_each_block(Walk (&walks)[kNumThreads], Block
 
   publish(1, walks[threadIdx.x].next_from(0));
   __syncthreads();
-  if (position_after(1) == kNowhere) return;
+  if (position_after(1) == kNowhere) {
+    copy_async_wait<0>();
+    __syncthreads();
+    return;
+  }
   start_block(0, position_after(1));
   for (int stage = 0;; stage ^= 1) {
     copy_async_wait<0>();

@@ -24,10 +24,12 @@ struct Problem {
   HybridAttentionBackwardParams tensors;
   int32_t group_size;
   Divider by_group;
+  // Bytes between the packed rows of one token and those of the next, and from token to token.
+  int32_t q_gap, dout_gap, k_bytes, v_bytes;
   // Of the workspace:
-  float* row_lse;  // [num_heads_kv, total_q * group_size], in units of log2; +inf if no key is seen
-  float* row_delta;  // as row_lse: sum(dout * out) - dlse
-  int32_t* tickets;  // [2] work items taken by the key and the query kernel
+  float* row_lse;    // [num_heads_kv, packed rows] in units of log2; +inf where no key is seen
+  float* row_delta;  // [num_heads_kv, packed rows] sum(dout * out) - dlse
+  int32_t* tickets;  // [2] work items that the key and the query kernel have taken
 };
 
 /// Puts the kernels of one element type and head size into a stream.

@@ -27,10 +27,10 @@ template <typename T>
 struct KeyItem {
   int32_t num_keys;  // 0 when there is none left
   int32_t sequence, key_lo, key_segment;
-  const T *k, *v;  // of the tile's first key
+  const unsigned char *k, *v;  // of the tile's first key
   T *dk, *dv;
-  int32_t num_rows;   // packed rows of the sequence
-  const T *q, *dout;  // of its first packed row
+  int32_t num_rows;               // packed rows of the sequence
+  const unsigned char *q, *dout;  // of its first packed row
   const float *lse, *delta;
 };
 
@@ -51,13 +51,13 @@ __device__ __forceinline__ KeyItem<T> take_key_item(const Problem& problem) {
   KeyItem<T> item;
   item.num_keys = tile.key_hi - tile.key_lo;
   item.sequence = tile.sequence, item.key_lo = tile.key_lo, item.key_segment = tile.key_segment;
-  item.k = static_cast<const T*>(x.k) + key * x.k_stride + kv_offset;
-  item.v = static_cast<const T*>(x.v) + key * x.v_stride + kv_offset;
+  item.k = bytes_at<T>(x.k, key * x.k_stride + kv_offset);
+  item.v = bytes_at<T>(x.v, key * x.v_stride + kv_offset);
   item.dk = static_cast<T*>(x.dk) + kv_at;
   item.dv = static_cast<T*>(x.dv) + kv_at;
   item.num_rows = sequence.num_rows * problem.group_size;
-  item.q = static_cast<const T*>(x.q) + row * x.q_stride + q_offset;
-  item.dout = static_cast<const T*>(x.dout) + row * x.num_heads_q * x.head_dim + q_offset;
+  item.q = bytes_at<T>(x.q, row * x.q_stride + q_offset);
+  item.dout = bytes_at<T>(x.dout, row * x.num_heads_q * x.head_dim + q_offset);
   item.lse = problem.row_lse + packed_at;
   item.delta = problem.row_delta + packed_at;
   return item;
@@ -83,7 +83,7 @@ struct KeyGradient {
   int lane, warp_key;  // the warp's keys of the tile: [warp_key, warp_key + 16)
   float scale_log2;
   uint32_t k[kDepth][4], v[kDepth][4];
-  float dk[2 * kDepth][4] = {}, dv[2 * kDepth][4] = {};
+  float dk[1][2 * kDepth][4] = {}, dv[1][2 * kDepth][4] = {};
 
   __device__ __forceinline__ KeyGradient(int thread, float scale_log2)
       : lane(thread % kWarpSize),
@@ -144,15 +144,15 @@ struct KeyGradient {
     for (int c = 0; c < kDepth; ++c) {
       uint32_t x[4];
       reader.load_transposed(x, dout, row, 16 * c);
-      multiply_add<T>(dv[2 * c], p, x[0], x[1]);
-      multiply_add<T>(dv[2 * c + 1], p, x[2], x[3]);
+      multiply_add<T>(dv[0][2 * c], p, x[0], x[1]);
+      multiply_add<T>(dv[0][2 * c + 1], p, x[2], x[3]);
     }
 #pragma unroll
     for (int c = 0; c < kDepth; ++c) {
       uint32_t x[4];
       reader.load_transposed(x, q, row, 16 * c);
-      multiply_add<T>(dk[2 * c], ds, x[0], x[1]);
-      multiply_add<T>(dk[2 * c + 1], ds, x[2], x[3]);
+      multiply_add<T>(dk[0][2 * c], ds, x[0], x[1]);
+      multiply_add<T>(dk[0][2 * c + 1], ds, x[2], x[3]);
     }
   }
 
@@ -179,22 +179,6 @@ struct KeyGradient {
           {half[lane / 4] >> (shift + lane % 4 * 2), half[lane / 4 + 8] >> (shift + lane % 4 * 2)});
     }
   }
-
-  /// Writes a gradient of the warp's keys, those below num_keys.
-  static __device__ __forceinline__ void store(const float (&gradient)[2 * kDepth][4], float scale,
-                                               T* to, int64_t stride, int num_keys) {
-    const int thread = this_thread(), lane = thread % kWarpSize;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = thread / kWarpSize * kWarpKeys + lane / 4 + 8 * i;
-      if (key >= num_keys) continue;
-      auto* pairs = reinterpret_cast<uint32_t*>(to + key * stride) + lane % 4;
-#pragma unroll
-      for (int c = 0; c < 2 * kDepth; ++c) {
-        pairs[4 * c] = pack2<T>(scale * gradient[c][2 * i], scale * gradient[c][2 * i + 1]);
-      }
-    }
-  }
 };
 
 /// The key of the tile whose walk is the thread's: two lanes have one each.
@@ -214,9 +198,7 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
     copy_row_pairs_async<kGpuTileKeys, kHeadDim>(
         shared.q[0], shared.dout[0],
         [&, k = shared.item.k, v = shared.item.v, num_keys = shared.item.num_keys](int row) {
-          const bool valid = row < num_keys;
-          const int key = valid ? row : 0;
-          return RowPair<T>{k + key * x.k_stride, v + key * x.v_stride, valid};
+          return key_pair(problem, k, v, row, row < num_keys);
         });
     copy_async_commit();
 
@@ -238,11 +220,8 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
       const KeyItem<T> item = shared.item;
       const auto packed_row = [&](int row) { return item.num_rows - 1 - position - row; };
       copy_row_pairs_async<kBlockRows, kHeadDim>(shared.q[stage], shared.dout[stage], [&](int row) {
-        const int packed = max(packed_row(row), 0), token = problem.by_group.divide(packed);
-        const int head = packed - token * problem.group_size;
-        return RowPair<T>{item.q + token * x.q_stride + head * kHeadDim,
-                          item.dout + (int64_t{token} * x.num_heads_q + head) * kHeadDim,
-                          packed_row(row) >= 0};
+        const int packed = packed_row(row);
+        return query_pair<kHeadDim>(problem, item.q, item.dout, max(packed, 0), packed >= 0);
       });
       const int thread = this_thread(), row = thread % kBlockRows, packed = packed_row(row);
       const float* from = thread < kBlockRows ? item.lse : item.delta;
@@ -262,10 +241,16 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
     for_each_block<kBlockRows>(shared.walks, shared.queue, copy, take,
                                [&](int stage) { gradient.add_block(shared, stage); });
 
-    const int64_t stride = int64_t{x.num_heads_kv} * kHeadDim;
-    const int num_keys = shared.item.num_keys;
-    gradient.store(gradient.dk, x.softmax_scale, shared.item.dk, stride, num_keys);
-    gradient.store(gradient.dv, 1.0f, shared.item.dv, stride, num_keys);
+    __syncthreads();  // everyone has left the tiles, through which the sums go
+    const auto store = [&](unsigned char* tile, const auto& sums, float scale, T* first) {
+      const int64_t stride = int64_t{x.num_heads_kv} * kHeadDim;
+      const int num_keys = shared.item.num_keys;
+      store_rows<T, kHeadDim>(
+          tile, this_thread() / kWarpSize * kWarpKeys, sums, scale,
+          [&](int key) { return key < num_keys ? first + key * stride : nullptr; });
+    };
+    store(shared.q[0], gradient.dk, x.softmax_scale, shared.item.dk);
+    store(shared.dout[0], gradient.dv, 1.0f, shared.item.dv);
   }
 }
 

@@ -15,9 +15,12 @@ using attention_backward::Problem;
 constexpr int64_t kTicketBytes = 16;
 
 void check_aligned(const char* name, const void* data, int64_t stride) {
-  PDIFF_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride >= 0 && stride % 8 == 0, name,
-              ": expected tokens that start at multiples of 16 bytes, got address ",
-              reinterpret_cast<uintptr_t>(data), " and ", stride, " elements from token to token");
+  constexpr int64_t kMaxStride = int64_t{1} << 24;
+  PDIFF_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+              ": expected memory aligned to 16 bytes, got ", data);
+  PDIFF_CHECK(stride >= 0 && stride % 8 == 0 && stride <= kMaxStride, name,
+              ": expected rows aligned to 16 bytes, a stride that is a multiple of 8 and at most ",
+              kMaxStride, ", got ", stride);
 }
 
 void check_params(const HybridAttentionBackwardParams& x) {
@@ -67,9 +70,16 @@ int64_t hybrid_attention_backward_workspace_bytes(int64_t total_q, int32_t num_h
 void hybrid_attention_backward(const HybridAttentionBackwardParams& params,
                                const CudaQueue& queue) {
   check_params(params);
+  const int32_t group_size = params.num_heads_q / params.num_heads_kv;
+  const int64_t group_elements = int64_t{group_size} * params.head_dim;
+  const auto bytes = [](int64_t elements) { return static_cast<int32_t>(2 * elements); };
   Problem problem{.tensors = params,
-                  .group_size = params.num_heads_q / params.num_heads_kv,
-                  .by_group = Divider(params.num_heads_q / params.num_heads_kv),
+                  .group_size = group_size,
+                  .by_group = Divider(group_size),
+                  .q_gap = bytes(params.q_stride - group_elements),
+                  .dout_gap = bytes(int64_t{params.num_heads_q} * params.head_dim - group_elements),
+                  .k_bytes = bytes(params.k_stride),
+                  .v_bytes = bytes(params.v_stride),
                   .row_lse = nullptr,
                   .row_delta = nullptr,
                   .tickets = static_cast<int32_t*>(params.workspace)};

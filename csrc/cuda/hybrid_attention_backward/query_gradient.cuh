@@ -25,12 +25,12 @@ template <typename T>
 struct QueryItem {
   int32_t num_rows;  // packed rows of the tile; 0 when there is none left
   int32_t row_lo, segment;
-  SegmentsView segments;  // of the sequence
-  const T *q, *dout;      // of the tile's first packed row
+  SegmentsView segments;          // of the sequence
+  const unsigned char *q, *dout;  // of the tile's first packed row
   T* dq;
   const float *lse, *delta;
-  int32_t num_keys;  // of the sequence
-  const T *k, *v;    // of its first key
+  int32_t num_keys;            // of the sequence
+  const unsigned char *k, *v;  // of its first key
 };
 
 template <typename T>
@@ -55,14 +55,14 @@ __device__ __forceinline__ QueryItem<T> take_query_item(const Problem& problem) 
   item.num_rows = (tile.row_hi - tile.row_lo) * problem.group_size;
   item.row_lo = tile.row_lo, item.segment = tile.segment;
   item.segments = segments_of(plan, sequence);
-  item.q = static_cast<const T*>(x.q) + row * x.q_stride + q_offset;
-  item.dout = static_cast<const T*>(x.dout) + out_at;
+  item.q = bytes_at<T>(x.q, row * x.q_stride + q_offset);
+  item.dout = bytes_at<T>(x.dout, out_at);
   item.dq = static_cast<T*>(x.dq) + out_at;
   item.lse = problem.row_lse + packed_at;
   item.delta = problem.row_delta + packed_at;
   item.num_keys = sequence.num_keys;
-  item.k = static_cast<const T*>(x.k) + key * x.k_stride + kv_offset;
-  item.v = static_cast<const T*>(x.v) + key * x.v_stride + kv_offset;
+  item.k = bytes_at<T>(x.k, key * x.k_stride + kv_offset);
+  item.v = bytes_at<T>(x.v, key * x.v_stride + kv_offset);
   return item;
 }
 
@@ -173,28 +173,6 @@ struct QueryGradient {
       add_keys<true>(shared, stage);
     }
   }
-
-  /// Writes the gradients of the warp's rows, those below num_rows.
-  __device__ __forceinline__ void store(const Problem& problem, T* to, int num_rows) const {
-    const float scale = problem.tensors.softmax_scale;
-    const int thread = this_thread(), lane = thread % kWarpSize;
-    const int first_row = thread / kWarpSize * kWarpRows + lane / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = first_row + 16 * i + 8 * h;
-        if (row >= num_rows) continue;
-        const int token = problem.by_group.divide(row), head = row - token * problem.group_size;
-        const int64_t at = (int64_t{token} * problem.tensors.num_heads_q + head) * kHeadDim;
-        auto* pairs = reinterpret_cast<uint32_t*>(to + at) + lane % 4;
-#pragma unroll
-        for (int c = 0; c < 2 * kDepth; ++c) {
-          pairs[4 * c] = pack2<T>(scale * dq[i][c][2 * h], scale * dq[i][c][2 * h + 1]);
-        }
-      }
-    }
-  }
 };
 
 template <typename T, int kHeadDim>
@@ -209,11 +187,7 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
     copy_row_pairs_async<kTileRows, kHeadDim>(
         shared.q, shared.dout,
         [&, q = shared.item.q, dout = shared.item.dout, num_rows = shared.item.num_rows](int row) {
-          const bool valid = row < num_rows;
-          const int packed = valid ? row : 0, token = problem.by_group.divide(packed);
-          const int head = packed - token * problem.group_size;
-          return RowPair<T>{q + token * x.q_stride + head * kHeadDim,
-                            dout + (int64_t{token} * x.num_heads_q + head) * kHeadDim, valid};
+          return query_pair<kHeadDim>(problem, q, dout, min(row, num_rows - 1), row < num_rows);
         });
     copy_async_commit();
 
@@ -230,9 +204,7 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
       copy_row_pairs_async<kBlockKeys, kHeadDim>(
           shared.k[stage], shared.v[stage],
           [&, k = shared.item.k, v = shared.item.v, num_keys = shared.item.num_keys](int row) {
-            const bool valid = position + row < num_keys;
-            const int key = valid ? position + row : 0;
-            return RowPair<T>{k + key * x.k_stride, v + key * x.v_stride, valid};
+            return key_pair(problem, k, v, position + row, position + row < num_keys);
           });
     };
     const auto take = [&](VisibleWalk<KeysOfRow>& walk, int position) {
@@ -245,8 +217,13 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
     QueryGradient<T, kHeadDim> gradient(this_thread(), x.softmax_scale * kLog2E);
     for_each_block<kBlockKeys>(shared.walks, shared.queue, copy, take,
                                [&](int stage) { gradient.add_block(shared, stage); });
-    copy_async_wait<0>();  // if nobody saw anything, no block has
-    gradient.store(problem, shared.item.dq, shared.item.num_rows);
+    store_rows<T, kHeadDim>(shared.q, this_thread() / kWarpSize * kWarpRows, gradient.dq,
+                            x.softmax_scale,
+                            [&, dq = shared.item.dq, num_rows = shared.item.num_rows](int row) {
+                              const int64_t token = problem.by_group.divide(row);
+                              T* to = dq + int64_t{row} * kHeadDim + token * (problem.dout_gap / 2);
+                              return row < num_rows ? to : nullptr;
+                            });
   }
 }
 
