@@ -523,9 +523,9 @@ def _bans_of(banned_ids: Tensor | None, vocab_size: int) -> Tensor | None:
     return bans
 
 
-def _pair(setting: Any) -> tuple[Tensor | None, Any]:
+def _pair(setting: Any, kind: type = float) -> tuple[Tensor | None, float]:
     """How a setting crosses to a kernel: the number counts where there is no tensor."""
-    return (setting, 0) if isinstance(setting, Tensor) else (None, setting)
+    return (setting, kind()) if isinstance(setting, Tensor) else (None, kind(setting))
 
 
 def check_numbers(**settings: Any) -> None:
@@ -589,15 +589,15 @@ def unmask(
 
     shared = (logits, cu_rows_span, bans, seeds, random_position, floats, ids, lane_max)
     score_kernel[(num_rows, num_segments)](
-        *shared, *_pair(temperature), *_pair(top_p), *_pair(top_k), *_pair(step_idx),
+        *shared, *_pair(temperature), *_pair(top_p), *_pair(top_k, int), *_pair(step_idx, int),
         logits.stride(0), vocab_size, num_spans,
         draws, filters, rule_code == MARGIN.value, LANES, 16 // logits.element_size(), SEGMENT,
         SPAN_BLOCK, num_warps=LANES // 32,
     )  # fmt: skip
     finish_kernel[(num_programs,)](
         *shared, lists, confidence, candidate, is_nan.view(torch.uint8), rank_key,
-        *_pair(temperature), *_pair(top_p), *_pair(top_k), *_pair(alg_temp), *_pair(step_idx),
-        logits.stride(0), vocab_size, num_rows, num_spans, num_segments,
+        *_pair(temperature), *_pair(top_p), *_pair(top_k, int), *_pair(alg_temp),
+        *_pair(step_idx, int), logits.stride(0), vocab_size, num_rows, num_spans, num_segments,
         rule_code, draws, filters, LANES, triton.next_power_of_2(num_segments),
         triton.next_power_of_2(num_segments * LANES), LIST_BLOCK, SPAN_BLOCK,
         num_warps=8 if filters else 1,
