@@ -134,9 +134,14 @@ AttentionPlan::AttentionPlan(const std::vector<const SpanLayout*>& layouts,
   header.page_size = options.page_size;
   header.schedule = static_cast<int32_t>(options.schedule);
   const bool for_gpu = options.schedule == Schedule::kGpu;
+  header.split_keys = for_gpu && options.split_keys ? 1 : 0;
   header.tile_rows = options.tile_rows > 0 ? options.tile_rows
                      : for_gpu ? gpu_tile_rows(options.num_heads_q / options.num_heads_kv)
                                : cpu_tile_rows(layouts, options);
+  PDIFF_CHECK(
+      !for_gpu || header.tile_rows <= gpu_tile_rows(options.num_heads_q / options.num_heads_kv),
+      "tile_rows: expected no more than fill a tile of ", kGpuTileRows, " rows, got ",
+      header.tile_rows);
 
   std::vector<PlanSequence> sequences;
   std::vector<Segment> segments;

@@ -14,12 +14,14 @@ inline int random_int(std::mt19937& random, int lo, int hi) {
 }
 
 /// Any segments at all, more than a model's text ever makes of them.
-inline SpanLayout random_layout(std::mt19937& random) {
-  const int num_keys = random_int(random, 0, 90), num_segments = random_int(random, 0, 12);
+inline SpanLayout random_layout(std::mt19937& random, int max_keys = 90, int max_rows = 9,
+                                int max_segments = 12) {
+  const int num_keys = random_int(random, 0, max_keys);
+  const int num_segments = random_int(random, 0, max_segments);
   std::vector<int64_t> num_rows, interval_ptr{0}, intervals;
   std::vector<int32_t> kinds;
   for (int s = 0; s < num_segments; ++s) {
-    int kind = random_int(random, 0, 1), rows = random_int(random, 0, 9), key = 0;
+    int kind = random_int(random, 0, 1), rows = random_int(random, 0, max_rows), key = 0;
     const size_t first = intervals.size();
     while (key < num_keys && random_int(random, 0, 3) > 0) {
       const int lo = random_int(random, key, num_keys - 1);

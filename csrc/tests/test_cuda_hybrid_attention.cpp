@@ -16,39 +16,15 @@
 #include "cuda/ptx/math.cuh"
 #include "pdiff/attention_plan.h"
 #include "pdiff/hybrid_attention.h"
+#include "tests/random_layout.h"
 
 namespace {
 
 using namespace pdiff;
 
-int random_int(std::mt19937& random, int lo, int hi) {
-  return std::uniform_int_distribution<int>(lo, hi)(random);
-}
-
-// Any segments at all: spans, causal text, rows that see nothing.
-SpanLayout random_layout(std::mt19937& random, int max_keys, int max_rows) {
-  const int num_keys = random_int(random, 0, max_keys), num_segments = random_int(random, 0, 7);
-  std::vector<int64_t> num_rows, interval_ptr{0}, intervals;
-  std::vector<int32_t> kinds;
-  for (int s = 0; s < num_segments; ++s) {
-    const int rows = random_int(random, 0, max_rows);
-    int kind = random_int(random, 0, 1), key = random_int(random, 0, 2) > 0 ? 0 : num_keys / 2;
-    const size_t first = intervals.size();
-    while (key < num_keys && random_int(random, 0, 3) > 0) {
-      const int lo = random_int(random, 0, 1) == 0 ? key : random_int(random, key, num_keys - 1);
-      key = random_int(random, lo + 1, num_keys);
-      intervals.insert(intervals.end(), {lo, key});
-    }
-    const bool follows =
-        intervals.size() > first && intervals.back() - intervals[intervals.size() - 2] >= rows;
-    if (!follows) kind = kFull;
-    num_rows.push_back(rows);
-    kinds.push_back(kind);
-    interval_ptr.push_back(static_cast<int64_t>(intervals.size() / 2));
-  }
-  return layout_from_segments(num_keys, num_segments, num_rows.data(), kinds.data(),
-                              interval_ptr.data(), intervals.data());
-}
+using test::random_document;
+using test::random_int;
+using test::random_layout;
 
 // 16-bit elements, aligned as a device allocation, of which nothing more may be touched.
 using Elements = std::unique_ptr<uint16_t, decltype(&std::free)>;
@@ -157,8 +133,7 @@ class Run {
     const int group_size = p.num_heads_q / p.num_heads_kv;
     for (size_t s = 0; s < p.layouts.size(); ++s) {
       const SpanLayout& layout = p.layouts[s];
-      std::vector<uint8_t> mask(static_cast<size_t>(layout.num_rows) * layout.num_keys);
-      write_dense_mask(layout, mask.data());
+      const std::vector<uint8_t> mask = test::dense_mask(layout);
       for (int row = 0; row < layout.num_rows; ++row) {
         for (int head = 0; head < p.num_heads_q; ++head) {
           compare_row(s, first_row + row, head, head / group_size,
@@ -282,14 +257,16 @@ TEST(causal_text) {
 
 TEST(random_layouts) {
   std::mt19937 random(2);
-  for (int trial = 0; trial < 30; ++trial) {
+  for (int trial = 0; trial < 24; ++trial) {
     Problem problem;
     for (int i = random_int(random, 1, 3); i > 0; --i) {
-      problem.layouts.push_back(random_layout(random, 250, 40));
+      problem.layouts.push_back(random_int(random, 0, 1) == 0 ? random_document(random, 60)
+                                                              : random_layout(random, 250, 40, 7));
     }
     const int ratios[] = {1, 2, 3, 7, 16, 128};
     problem.num_heads_kv = random_int(random, 1, 2);
-    problem.num_heads_q = problem.num_heads_kv * ratios[random_int(random, 0, trial % 6)];
+    problem.num_heads_q =
+        problem.num_heads_kv * ratios[random_int(random, 0, trial % 5 + trial / 23)];
     problem.head_dim = random_int(random, 0, 1) == 0 ? 64 : 128;
     const int page_sizes[] = {0, 1, 16, 48, 64, 128};
     problem.page_size = page_sizes[random_int(random, 0, 5)];
@@ -301,6 +278,46 @@ TEST(random_layouts) {
     } else {
       check<float16>(problem, random);
     }
+  }
+}
+
+TEST(few_rows_of_many_keys) {
+  std::mt19937 random(4);
+  int64_t num_slots = 0;
+  for (int trial = 0; trial < 12; ++trial) {
+    Problem problem;
+    for (int i = random_int(random, 2, 5); i > 0; --i) {
+      problem.layouts.push_back(random_layout(random, 1800, 2, 2));
+    }
+    problem.layouts.push_back(causal(2, random_int(random, 500, 1500)));
+    problem.num_heads_kv = random_int(random, 1, 2);
+    problem.num_heads_q = problem.num_heads_kv * (trial % 2 == 0 ? 4 : 7);
+    problem.head_dim = trial % 3 == 0 ? 128 : 64;
+    const int page_sizes[] = {0, 16, 24, 128};
+    problem.page_size = page_sizes[random_int(random, 0, 3)];
+    problem.split_keys = trial % 4 > 0;
+    check<bfloat16>(problem, random);
+    num_slots += Run<bfloat16>(problem, random).plan->header().num_slots;
+  }
+  CHECK(num_slots > 10);
+}
+
+// A plan of its own for each row gives the bits that one plan for all of them gives.
+TEST(bits_ignore_the_rows_beside) {
+  std::mt19937 random(5);
+  const int num_keys = 333;
+  Run<bfloat16> whole({.layouts = {causal(40, num_keys)}, .num_heads_q = 5, .split_keys = false},
+                      random);
+  whole.forward();
+  for (const int rows : {1, 3, 17}) {
+    Run<bfloat16> part({.layouts = {causal(rows, num_keys)}, .num_heads_q = 5, .split_keys = false},
+                       random);
+    const int64_t row_elements = 5 * 64, first = (40 - rows) * row_elements;
+    std::memcpy(part.q.get(), whole.q.get() + first, rows * row_elements * 2);
+    std::memcpy(part.k.get(), whole.k.get(), whole.kv_size * 2);
+    std::memcpy(part.v.get(), whole.v.get(), whole.kv_size * 2);
+    part.forward();
+    CHECK_EQ(std::memcmp(part.out.get(), whole.out.get() + first, rows * row_elements * 2), 0);
   }
 }
 

@@ -18,6 +18,10 @@ inline constexpr int kWarpRows = kTileRows / kNumWarps;
 /// Two key tiles in shared memory: one is computed on while the next one arrives.
 inline constexpr int kNumStages = 2;
 
+/// With few rows each warp has every fourth step of this many keys, with copies of two steps on
+/// their way: enough bytes in flight for the memory to be the limit.
+inline constexpr int kStepKeys = kTileKeys / kNumWarps, kNumSteps = 3;
+
 /// Blocks on one multiprocessor: one works on a softmax while another one multiplies.
 template <int kHeadDim>
 inline constexpr int kBlocksPerSm = 2;

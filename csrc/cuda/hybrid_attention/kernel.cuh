@@ -5,10 +5,23 @@
 #include <cstdint>
 
 #include "cuda/common/launch.h"
+#include "cuda/hybrid_attention/few_rows.cuh"
 #include "cuda/hybrid_attention/many_rows.cuh"
 #include "cuda/hybrid_attention/shared.cuh"
 
 namespace pdiff::cuda::attention {
+
+/// Works on the tile that is staged; thread 0 gets a ticket for another one, which is on its way
+/// while results are written.
+template <typename Rows, int kHeadDim>
+__device__ __forceinline__ uint32_t attend(const ForwardParams& params, Shared<kHeadDim>& shared,
+                                           int thread) {
+  Rows rows(params, shared, opaque(thread));
+  rows.run();
+  const uint32_t ticket = thread == 0 ? atomicAdd(params.ticket, 1u) : 0;
+  rows.write();
+  return ticket;
+}
 
 template <typename T, int kHeadDim, bool kPaged>
 __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm<kHeadDim>)
@@ -34,12 +47,12 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm<kHeadDim>)
       }
     }
     __syncthreads();
-    ManyRows<T, kHeadDim, kPaged> rows(params, shared, opaque(thread));
-    rows.run();
-
-    // The ticket is on its way while the tile is written.
-    const uint32_t ticket = thread == 0 ? atomicAdd(params.ticket, 1u) : 0;
-    rows.write();
+    uint32_t ticket;
+    if (shared.plan.header.split_keys != 0 && shared.rows.num_rows <= kFewRows) {
+      ticket = attend<FewRows<T, kHeadDim, kPaged>>(params, shared, thread);
+    } else {
+      ticket = attend<ManyRows<T, kHeadDim, kPaged>>(params, shared, thread);
+    }
     if (thread == 0) shared.item = static_cast<int32_t>(gridDim.x + ticket);
     __syncthreads();
   }

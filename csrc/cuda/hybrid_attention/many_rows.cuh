@@ -45,8 +45,8 @@ class ManyRows {
       __syncthreads();  // this tile is there, and the other stage is no longer read
       if (has_next) {
         copy_keys_async<kPaged, kTileKeys, kHeadDim, kNumThreads>(
-            shared_.stages[stage ^ 1].k, shared_.stages[stage ^ 1].v, opaque(thread_), params_,
-            shared_.keys, rows);
+            shared_.many.stages[stage ^ 1].k, shared_.many.stages[stage ^ 1].v, opaque(thread_),
+            params_, shared_.keys, rows);
       }
       copy_async_commit();
 
@@ -54,9 +54,9 @@ class ManyRows {
       if (keys.key == keys.run.key_lo) enter_run(keys.run);
       const int32_t offset = keys.offset();
       if (least_visible_ >= offset + kTileKeys) {
-        attend<false>(shared_.stages[stage], offset);
+        attend<false>(shared_.many.stages[stage], offset);
       } else if (most_visible_ > offset) {
-        attend<true>(shared_.stages[stage], offset);
+        attend<true>(shared_.many.stages[stage], offset);
       }
     }
     copy_async_wait<0>();
@@ -74,28 +74,26 @@ class ManyRows {
         const int row = first_row + m * 16 + h * 8;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          *reinterpret_cast<uint32_t*>(shared_.q + pair_offset<kHeadDim>(row, n * 8, lane)) =
+          *reinterpret_cast<uint32_t*>(shared_.many.q + pair_offset<kHeadDim>(row, n * 8, lane)) =
               pack2<T>(o_[m][n][2 * h] * inverse, o_[m][n][2 * h + 1] * inverse);
         }
         const int r = row + lane / 4;
         if (params_.lse != nullptr && lane % 4 == 0 && r < rows.num_rows) {
-          const RowPlace place = place_of(params_, rows, r);
-          params_.lse[int64_t{place.head} * params_.total_q + place.token] =
+          params_.lse[lse_offset(params_, place_of(params_, rows, r))] =
               log_sum(states_.max[m][h], sum);
         }
       }
     }
     __syncwarp();
     constexpr int kPieces = kHeadDim / kPieceElements, kRowsAtOnce = kWarpSize / kPieces;
-    const int64_t num_heads_q = int64_t{params_.group_size} * params_.num_heads_kv;
 #pragma unroll
     for (int i = 0; i < kWarpRows; i += kRowsAtOnce) {
       const int row = first_row + i + lane / kPieces, piece = lane % kPieces;
       if (row >= rows.num_rows) continue;
-      const RowPlace place = place_of(params_, rows, row);
-      T* to = static_cast<T*>(params_.out) + (place.token * num_heads_q + place.head) * kHeadDim;
+      T* to = static_cast<T*>(params_.out) +
+              out_offset(params_, place_of(params_, rows, row), kHeadDim);
       *reinterpret_cast<uint4*>(to + piece * kPieceElements) =
-          *reinterpret_cast<const uint4*>(shared_.q + piece_offset<kHeadDim>(row, piece));
+          *reinterpret_cast<const uint4*>(shared_.many.q + piece_offset<kHeadDim>(row, piece));
     }
   }
 
@@ -103,18 +101,14 @@ class ManyRows {
   static constexpr int kBlocks = kWarpRows / 16;
   static constexpr int kQuerySteps = kQueryStepsInRegisters<kHeadDim>;
   using Reader = BlockReader<kHeadDim>;
-  using Stage = typename Shared<kHeadDim>::Stage;
+  using Stage = typename ManyRowsTiles<kHeadDim>::Stage;
 
   __device__ __forceinline__ void copy_queries_async() {
     const TileRows rows = shared_.rows;
     copy_pieces_async<kTileRows, kHeadDim, kNumThreads>(
-        shared_.q, opaque(thread_), [&](int row, int piece) {
-          // Past the last row it once more: no one looks at what comes of it.
-          const RowPlace place =
-              place_of(params_, rows, row < rows.num_rows ? row : rows.num_rows - 1);
-          const auto* q =
-              static_cast<const unsigned char*>(params_.q) + place.token * params_.q_bytes;
-          return SourcePiece{q + place.head * kHeadDim * 2 + piece * kPieceBytes};
+        shared_.many.q, opaque(thread_), [&](int row, int piece) {
+          const unsigned char* q = query_at(params_, place_of(params_, rows, row), kHeadDim);
+          return SourcePiece{q + piece * kPieceBytes};
         });
   }
 
@@ -124,24 +118,22 @@ class ManyRows {
 
   __device__ __forceinline__ void copy_keys(const KeyCursor& cursor, int stage) {
     copy_keys_async<kPaged, kTileKeys, kHeadDim, kNumThreads>(
-        shared_.stages[stage].k, shared_.stages[stage].v, opaque(thread_), params_, shared_.keys,
-        rows_of(cursor));
+        shared_.many.stages[stage].k, shared_.many.stages[stage].v, opaque(thread_), params_,
+        shared_.keys, rows_of(cursor));
   }
 
   __device__ __forceinline__ void load_queries(uint32_t (&q)[kBlocks][4], const Reader& reader,
                                                int k) const {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      reader.load(q[m], shared_.q + warp_ * kTileBytes<kWarpRows, kHeadDim>, m * 16, k * 16);
+      reader.load(q[m], shared_.many.q + warp_ * kTileBytes<kWarpRows, kHeadDim>, m * 16, k * 16);
     }
   }
 
   /// How many keys of the run each row of the warp sees. Each lane looks after one row.
   __device__ __forceinline__ void enter_run(const KeyRun& run) {
-    const TileWalk& walk = shared_.walk;
-    const int32_t row = warp_ * kWarpRows + lane_, num_rows = shared_.rows.num_rows;
-    const int32_t token = params_.by_group.divide(row < num_rows ? row : num_rows - 1);
-    const int32_t visible = visible_to_row(walk.view, 0, walk.tile.row_lo + token, run);
+    const int32_t row = warp_ * kWarpRows + lane_;
+    const int32_t visible = visible_to(params_, shared_, row, run);
     __syncwarp();
     shared_.visible[row] = visible;
     __syncwarp();

@@ -63,6 +63,7 @@ struct PlanHeader {
   int32_t sequences, sequence_order, tiles, segments, interval_ptr, intervals, pages;  // offsets
   int32_t key_tiles, key_segments, range_ptr, ranges;                                  // offsets
   int32_t error;                                                                       // PlanError
+  int32_t split_keys;  // 0: every row sums in one order, whatever the rows beside it
 };
 
 /// A plan as kernels see it: pointers into one block of words, here or in device memory.
