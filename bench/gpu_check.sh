@@ -15,6 +15,7 @@
 #   PDIFF_CUDA_ARCHITECTURES   what to build for [the GPU that is there]
 #
 # Needs torch, cmake, ninja and pybind11, and no network. Exit status: the number of failed stages.
+# shellcheck disable=SC2329  # stages are called by name
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 100
 
@@ -121,7 +122,7 @@ wanted=()
 for argument in "$@"; do
   case "$argument" in
     --smoke) smoke=1 ;;
-    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
     *)
       if [[ " ${all_stages[*]} " != *" $argument "* ]]; then
         echo "no such stage: $argument; there are ${all_stages[*]}" >&2

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable
 
 import torch
-from device import DEVICE, ON_GPU, Call, compiled
+from device import DEVICE, ON_GPU, Call, compiled, synchronize
 from peers import dense_bias, gathered, inputs_of, peers_of, plan_of
 from records import Bench, Work
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from workloads import AttentionWorkload, gpu_attention
 
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
+from pdiff_runtime.plan import SpanLayout
 from pdiff_runtime.testing import assert_within_budget
 
 BF16 = torch.bfloat16
@@ -28,7 +30,7 @@ BF16 = torch.bfloat16
 
 def run(bench: Bench) -> None:
     """The training shapes both ways, then the shapes of inference."""
-    tiny = gpu_attention(128, heads=(7, 1, 64))
+    tiny = gpu_attention(128, heads=(2, 1, 64))
     shapes = tiny if bench.is_tiny else gpu_attention()
     small = tiny if bench.is_tiny else gpu_attention(16)
     for name in ("long", "paper"):
@@ -38,6 +40,7 @@ def run(bench: Bench) -> None:
         body = functools.partial(_paged, bench, name, shapes[name], small[name])
         bench.case(f"attention, {name}", body)
     bench.case("attention, mixed batch", functools.partial(_mixed, bench, shapes))
+    bench.case("attention call", functools.partial(_host_cost, bench))
 
 
 def _training(
@@ -126,6 +129,22 @@ def _mixed(bench: Bench, shapes: dict[str, AttentionWorkload]) -> None:
             share = timings["mixed"].ms / sum(timings[name].ms for name in parts)
             title = "attention forward, mixed batch of separate launches"
             bench.value(title, impl, share, "of the sum")
+
+
+def _host_cost(bench: Bench) -> None:
+    """What a call costs the host: one row and one key, the device not waited for."""
+    workload = AttentionWorkload((SpanLayout.causal(1, 1),), 1, 1, 64)
+    for impl in bench.impls:
+        plan = plan_of(workload, impl=impl, device=DEVICE)
+        call = _forward_of(functools.partial(hybrid_attention, plan=plan), inputs_of(plan, BF16))
+        samples = []
+        for _ in range(5):
+            synchronize()
+            start = time.perf_counter()
+            for i in range(100):
+                call.run(i)
+            samples.append(1e6 * (time.perf_counter() - start) / 100)
+        bench.value("attention call, on the host", impl, sorted(samples)[2], "us")
 
 
 def _forward_of(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Call:

@@ -66,7 +66,8 @@ def _step(bench: Bench, name: str, num_rows: int = 1024) -> None:
         if ON_GPU:
             call = functools.partial(problem.ours, problem.logits(), impl, **settings)
             bench.check(f"{workload}, no wait", impl, functools.partial(_never_waits, call))
-            bench.value(f"{workload}, launches", impl, len(_kernels(call)), "kernels")
+            count = functools.partial(_count_launches, bench, workload, impl, call)
+            bench.check(f"{workload}, launches", impl, count)
     pool = rotated(problem.logits)
     cu_rows = problem.cu_rows.tolist()
 
@@ -96,13 +97,11 @@ def _select(bench: Bench) -> None:
     problem = Problem(256 * 256, 16, 256)
     logits = problem.logits()
     for impl in bench.impls:
-        samples: list[float] = []
-        for _ in range(30):
-            kernels = _kernels(functools.partial(problem.ours, logits, impl))
-            samples.append(sum(us for name, us in kernels if "score" not in name))
-        samples.sort()
-        bench.value("unmask, select and scatter", impl, samples[len(samples) // 2], "us")
+        call = functools.partial(problem.ours, logits, impl)
+        kernels = _kernels(call, num_calls=30)
         print(sorted({name for name, _ in kernels}))
+        ranking = sum(us for name, us in kernels if "score" not in name) / 30
+        bench.value("unmask, select and scatter", impl, ranking, "us")
 
 
 def _check(problem: Problem, impl: Impl, settings: dict[str, float]) -> None:
@@ -136,13 +135,20 @@ def _never_waits(call: Callable[[], object]) -> None:
     graph.replay()
 
 
-def _kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """Name and microseconds of each kernel that one call launches."""
+def _count_launches(bench: Bench, workload: str, impl: Impl, call: Callable[[], object]) -> None:
+    kernels = _kernels(call)
+    print(kernels)
+    bench.value(f"{workload}, launches", impl, len(kernels), "kernels")
+
+
+def _kernels(call: Callable[[], object], num_calls: int = 1) -> list[tuple[str, float]]:
+    """Name and microseconds of each kernel that the calls launch."""
     call()
     synchronize()
-    activity = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]) as profile:
-        call()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(num_calls):
+            call()
         synchronize()
     return [
         (event.name, event.device_time_total)
