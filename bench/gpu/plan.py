@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import time
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from bench_attention_plan import TAGS, rounds_of_spans
 from device import DEVICE, ON_GPU, Call
-from peers import pages_of, plan_of
+from peers import inputs_of, pages_of, plan_of
 from records import Bench
+from torch import Tensor
 from workloads import gpu_attention
 
-from pdiff_runtime.ops import AttentionPlan
+from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention
 from pdiff_runtime.plan import SpanLayout
 
 TAG_IDS = {"async_start": TAGS.async_start, "async_end": TAGS.async_end, "sync": TAGS.sync}
@@ -36,6 +39,9 @@ def _training(bench: Bench) -> None:
         bench.value("attention plan on the host, layout included", impl, _host_us(on_host), "us")
     on_device = torch.from_numpy(tokens).to(DEVICE)
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=DEVICE)
+    for impl in bench.impls:
+        check = functools.partial(_same_attention, tokens, on_device, cu_seqlens, impl)
+        bench.check("attention plan on the device", impl, check)
     calls = {
         str(impl): Call(
             lambda _, impl=impl: AttentionPlan.from_tokens(
@@ -45,6 +51,21 @@ def _training(bench: Bench) -> None:
         for impl in bench.impls
     }
     bench.measure("attention plan on the device", calls)
+
+
+def _same_attention(
+    tokens: npt.NDArray[np.int64], on_device: Tensor, cu_seqlens: Tensor, impl: Impl
+) -> None:
+    """Attention by a plan of the device is attention by a plan of the host."""
+    heads = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 64}
+    layout = SpanLayout.from_tokens(tokens, TAGS)
+    plans = (
+        AttentionPlan.pack([layout], **heads, device=DEVICE, impl=impl),
+        AttentionPlan.from_tokens(on_device, cu_seqlens, **TAG_IDS, **heads, impl=impl),
+    )
+    tensors = inputs_of(plans[0], torch.bfloat16)
+    expected, actual = (hybrid_attention(*tensors, plan) for plan in plans)
+    torch.testing.assert_close(actual, expected)
 
 
 def _denoise(bench: Bench) -> None:
