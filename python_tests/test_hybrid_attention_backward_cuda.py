@@ -7,7 +7,7 @@ import torch
 
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.testing import Backend, assert_within_budget
-from pdiff_runtime.testing.problems import LAYOUTS, AttentionProblem, layout_of
+from pdiff_runtime.testing.problems import LAYOUTS, TAGS, AttentionProblem, document, layout_of
 
 BF16, F16 = torch.bfloat16, torch.float16
 CUDA = Backend(Impl.CUDA)
@@ -99,6 +99,57 @@ def test_bits_ignore_the_batch(head_dim):
         actual = gradients((q[rows], k[keys], v[keys]), alone, dout[rows])
         assert_same_bits(actual, (dq[rows], dk[keys], dv[keys]))
         row, key = rows.stop, keys.stop
+
+
+def test_other_plans_in_the_same_words():
+    """Kernels read the plan on the device: on a GPU a captured graph runs each of them."""
+    layouts = [layout_of(96), layout_of(20, "40", "sync", 35), layout_of("30", "30", 36)]
+    heads = {"num_heads_q": 6, "num_heads_kv": 2, "head_dim": 64, **PLACE}
+    plans = [AttentionPlan.pack([layout], **heads) for layout in layouts]
+    assert all(plan.total_q == 96 and plan.num_slots == 0 for plan in plans)
+    words = torch.zeros(
+        max(plan.num_words for plan in plans), dtype=torch.int32, device=CUDA.device
+    )
+    q, k, v, dout = (random(96, h, 64, seed=seed) for seed, h in enumerate((6, 2, 2, 6)))
+
+    def run():
+        out, lse = torch.ops.pdiff.hybrid_attention(q, k, v, words, 0, 0.125, "cuda")
+        return torch.ops.pdiff.hybrid_attention_backward(
+            dout, None, q, k, v, out, lse, words, 0.125, "cuda"
+        )
+
+    replay = run
+    if CUDA.device.type == "cuda":
+        words[: plans[0].num_words] = plans[0].words
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+
+        def replay():
+            graph.replay()
+            return captured
+
+    for plan in plans:
+        words[: plan.num_words] = plan.words
+        assert_same_bits(replay(), gradients((q, k, v), plan, dout))
+
+
+def test_a_plan_built_from_tokens():
+    sketches = [(20, "40", "9", "sync", 35), (70,), ("30", 3, "30", 6)]
+    documents = [document(*sketch) for sketch in sketches]
+    heads = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 64}
+    ends = itertools.accumulate((len(ids) for ids in documents), initial=0)
+    plan = AttentionPlan.from_tokens(
+        torch.tensor(list(itertools.chain(*documents)), device=CUDA.device),
+        torch.tensor(list(ends), dtype=torch.int32, device=CUDA.device),
+        async_start=TAGS.async_start, async_end=TAGS.async_end, sync=TAGS.sync,
+        impl=CUDA.impl, **heads,
+    )  # fmt: skip
+    packed = AttentionPlan.pack([layout_of(*sketch) for sketch in sketches], **heads, **PLACE)
+    q, k, v, dout = (random(plan.total_q, h, 64, seed=i) for i, h in enumerate((4, 2, 2, 4)))
+    assert_same_bits(gradients((q, k, v), plan, dout), gradients((q, k, v), packed, dout))
 
 
 def test_outputs_are_written_whole(monkeypatch):
