@@ -1,12 +1,13 @@
 #pragma once
 
 // Each block takes rows one after another. A row is read from memory once and its gradient written
-// once: the first vectors of the row stay in shared memory between the two passes, and what does
-// not fit there is read again at once, while it is in the second-level cache. In the second pass
-// the next row comes into the slots that are free again, so that reads and writes overlap.
+// once: the first vectors of the row stay in shared memory between its two passes, and what does
+// not fit there is read again at once, while it is in the second-level cache. While the second pass
+// over a row frees its slots, the next row comes into them and goes through its first pass, so that
+// memory and arithmetic never wait for one another.
 //
 //   slot i of thread t   vector i * threads + t of the row; nobody else reads or writes it
-//   group g              slots [4g, 4g + 4), what a thread waits for at once
+//   group g              slots [2g, 2g + 2), what a thread waits for at once
 
 #include "cuda/common/vector.cuh"
 #include "cuda/common/warp.cuh"
@@ -19,7 +20,8 @@
 namespace pdiff::cuda {
 
 inline constexpr int kMaxThreads = 1024;  // as many warps as a warp has lanes
-inline constexpr int kGroups = 4, kGroupSlots = 4, kMaxSlots = kGroups * kGroupSlots;
+inline constexpr int kGroups = 8, kGroupSlots = 2, kMaxSlots = kGroups * kGroupSlots;
+inline constexpr int kLag = 3;  // groups on their way before the oldest is waited for
 inline constexpr float kLog2e = 1.44269504f;
 inline constexpr float kInf = __builtin_inff();
 
@@ -42,6 +44,15 @@ struct LogitsRow {
   bool is_counted;
 
   __device__ const uint4* vectors() const { return reinterpret_cast<const uint4*>(x + shape.head); }
+};
+
+/// A row after the first pass, what one thread saw of it.
+template <typename T>
+struct PassedRow {
+  LogitsRow<T> row;
+  ExpSum sums = {};
+  float label_x = 0.0f;  // for all threads: the gradient may take the label's place
+  float end_x = -kInf;
 };
 
 __device__ __forceinline__ bool is_counted(const WeightedCrossEntropyParams& p, int64_t row) {
@@ -115,14 +126,6 @@ __device__ __forceinline__ ExpSum join_block(const ExpSum& mine, ExpSum* of_warp
   return join_warp(lane < num_warps ? of_warps[lane] : ExpSum{});
 }
 
-/// Waits for the oldest of `num_open` groups of copies.
-__device__ __forceinline__ void wait_for_oldest(int num_open) {
-  if (num_open == 4) copy_async_wait<3>();
-  if (num_open == 3) copy_async_wait<2>();
-  if (num_open == 2) copy_async_wait<1>();
-  if (num_open == 1) copy_async_wait<0>();
-}
-
 /// dx <- scale * (softmax(x) - onehot(label)).
 struct Gradient {
   float max, factor;  // scale / sum
@@ -166,59 +169,74 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
   const double inverse = *normaliser != 0.0 ? 1.0 / *normaliser : 0.0;
 
-  const auto fetch = [&](const LogitsRow<T>& row, int group) {
-    if (row.is_counted) {
-      for (int slot = group * kGroupSlots; slot < min((group + 1) * kGroupSlots, num_slots);
-           ++slot) {
-        const int v = slot * num_threads + thread;
-        if (v < row.shape.num_vectors) copy_async_once_16(slots + v, row.vectors() + v);
-      }
+  // f(i, v): slot i of the group, and its vector of the row.
+  const auto for_each_slot = [&](int group, int32_t num_vectors, const auto& f) {
+#pragma unroll
+    for (int i = 0; i < kGroupSlots; ++i) {
+      const int slot = group * kGroupSlots + i, v = slot * num_threads + thread;
+      if (slot < num_slots && v < num_vectors) f(i, v);
     }
-    copy_async_commit();
+  };
+  const auto add_group = [&](PassedRow<T>& passed, int group) {
+    const LogitsRow<T>& row = passed.row;
+    if (!row.is_counted) return;
+    uint4 x[kGroupSlots] = {no_logits<T>(), no_logits<T>()};
+    for_each_slot(group, row.shape.num_vectors, [&](int i, int v) { x[i] = slots[v]; });
+    add_two<T>(passed.sums, x[0], x[1]);
   };
 
-  LogitsRow<T> next = logits_row<T>(p, blockIdx.x);
-  for (int group = 0; group < kGroups; ++group) fetch(next, group);
-  int half = 0;
-  for (int64_t idx = blockIdx.x; idx < p.num_rows; idx += gridDim.x, half ^= 1) {
-    const LogitsRow<T> row = next;
-    next = logits_row<T>(p, idx + gridDim.x);
-    const int32_t num_kept = min(row.shape.num_vectors, num_slots * num_threads);
-    const int32_t end = thread < row.shape.num_ends() ? row.shape.end_element(thread) : -1;
-    const float end_x = end >= 0 && row.is_counted ? to_float(row.x[end]) : -kInf;
-    // Read by all, as the gradient may take its place after the barrier.
-    const float label_x = row.is_counted ? to_float(row.x[row.label]) : 0.0f;
-
-    // max and sum over the row
-    ExpSum total;
-    if (row.is_counted) add(total, {end_x});
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      wait_for_oldest(kHasGradient ? kGroups - group : kGroups);
-      for (int slot = group * kGroupSlots;
-           row.is_counted && slot < min((group + 1) * kGroupSlots, num_slots); slot += 2) {
-        const int v = slot * num_threads + thread;
-        const bool has_second = slot + 1 < num_slots && v + num_threads < num_kept;
-        if (v >= num_kept) break;
-        add_two<T>(total, slots[v], has_second ? slots[v + num_threads] : no_logits<T>());
+  // The first pass over row `idx`; `release(group)` is the last use of what was in its slots.
+  const auto first_pass = [&](int64_t idx, const auto& release) {
+    PassedRow<T> passed{.row = logits_row<T>(p, idx)};
+    const LogitsRow<T>& row = passed.row;
+    const int32_t num_vectors = row.shape.num_vectors;
+    if (row.is_counted) {
+      passed.label_x = to_float(row.x[row.label]);
+      if (thread < row.shape.num_ends()) {
+        passed.end_x = to_float(row.x[row.shape.end_element(thread)]);
       }
-      if (!kHasGradient) fetch(next, group);
     }
-    for (int v = num_kept + thread; row.is_counted && v < row.shape.num_vectors;
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      release(group);
+      if (row.is_counted) {
+        for_each_slot(group, num_vectors,
+                      [&](int, int v) { copy_async_once_16(slots + v, row.vectors() + v); });
+      }
+      copy_async_commit();
+      if (group < kLag) continue;
+      copy_async_wait<kLag>();
+      add_group(passed, group - kLag);
+    }
+    if (row.is_counted) add(passed.sums, {passed.end_x});
+    for (int v = num_slots * num_threads + thread; row.is_counted && v < num_vectors;
          v += 4 * num_threads) {
       uint4 x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = v + i * num_threads;
-        x[i] = at < row.shape.num_vectors ? load_shortly(row.vectors() + at) : no_logits<T>();
+        x[i] = at < num_vectors ? load_shortly(row.vectors() + at) : no_logits<T>();
       }
-      add_two<T>(total, x[0], x[1]);
-      if (v + 2 * num_threads < row.shape.num_vectors) add_two<T>(total, x[2], x[3]);
+      add_two<T>(passed.sums, x[0], x[1]);
+      if (v + 2 * num_threads < num_vectors) add_two<T>(passed.sums, x[2], x[3]);
     }
-    total = join_block(total, shared.warps[half]);
-    const float ce = (total.max - label_x) + logf(total.sum);
+    copy_async_wait<0>();
+#pragma unroll 1
+    for (int group = kGroups - kLag; group < kGroups; ++group) add_group(passed, group);
+    return passed;
+  };
+
+  PassedRow<T> passed = first_pass(blockIdx.x, [](int) {});
+  int half = 0;
+  for (int64_t idx = blockIdx.x; idx < p.num_rows; idx += gridDim.x, half ^= 1) {
+    const LogitsRow<T> row = passed.row;
+    const ExpSum total = join_block(passed.sums, shared.warps[half]);
+    const float ce = (total.max - passed.label_x) + logf(total.sum);
     if (row.is_counted && thread == 0) cross_entropy[idx] = ce;
-    if (!kHasGradient) continue;
+    if constexpr (!kHasGradient) {
+      passed = first_pass(idx + gridDim.x, [](int) {});
+      continue;
+    }
 
     T* dx = static_cast<T*>(p.dlogits) + idx * p.dlogits_stride;
     const bool is_aligned = reinterpret_cast<uintptr_t>(dx + row.shape.head) % 16 == 0;
@@ -227,17 +245,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                             .factor = scale / total.sum,
                             .at_label = scale * expm1f(-ce),
                             .is_zero = scale == 0.0f};
+    const bool reads = !gradient.is_zero;
     const auto write = [&](int v, const uint4& x) {
       const int32_t begin = row.shape.head + v * kPerVector<T>;
       store_vector(dx + begin, is_aligned, gradient.of_vector<T>(x, row.label - begin));
     };
-    if (end >= 0) {
-      const float value =
-          end == row.label ? gradient.at_label : shifted_exp(end_x, gradient.max) * gradient.factor;
+    if (thread < row.shape.num_ends()) {
+      const int32_t end = row.shape.end_element(thread);
+      const float value = end == row.label
+                              ? gradient.at_label
+                              : shifted_exp(passed.end_x, gradient.max) * gradient.factor;
       dx[end] = from_float<T>(gradient.is_zero ? 0.0f : value);
     }
-    const bool reads = !gradient.is_zero;
-    for (int v = num_kept + thread; v < row.shape.num_vectors; v += 4 * num_threads) {
+    for (int v = num_slots * num_threads + thread; v < row.shape.num_vectors;
+         v += 4 * num_threads) {
       uint4 x[4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -250,16 +271,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         if (at < row.shape.num_vectors) write(at, x[i]);
       }
     }
-    for (int group = 0; group < kGroups; ++group) {
-      for (int slot = group * kGroupSlots; slot < min((group + 1) * kGroupSlots, num_slots);
-           ++slot) {
-        const int v = slot * num_threads + thread;
-        if (v < num_kept) write(v, reads ? slots[v] : uint4{});
-      }
-      fetch(next, group);
-    }
+    passed = first_pass(idx + gridDim.x, [&](int group) {
+      for_each_slot(group, row.shape.num_vectors,
+                    [&](int, int v) { write(v, reads ? slots[v] : uint4{}); });
+    });
   }
-  copy_async_wait<0>();
 }
 
 /// Sums over all rows, in double and in an order that nothing but the number of rows decides.
