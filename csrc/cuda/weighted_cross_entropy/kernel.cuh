@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   };
   const auto add_group = [&](PassedRow<T>& passed, int group) {
     const LogitsRow<T>& row = passed.row;
-    if (!row.is_counted) return;
+    if (!row.is_counted || group * kGroupSlots >= num_slots) return;
     uint4 x[kGroupSlots] = {no_logits<T>(), no_logits<T>()};
     for_each_slot(group, row.shape.num_vectors, [&](int i, int v) { x[i] = slots[v]; });
     add_two<T>(passed.sums, x[0], x[1]);
