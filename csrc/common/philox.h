@@ -19,7 +19,11 @@ template <typename Word>
 PDIFF_HD Philox4x32<Word> philox(Philox4x32<Word> counter, uint64_t key) {
   Word x0 = counter.word[0], x1 = counter.word[1], x2 = counter.word[2], x3 = counter.word[3];
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const WideProduct<Word> product0 = multiply_wide(x0, 0xD2511F53u);
     const WideProduct<Word> product1 = multiply_wide(x2, 0xCD9E8D57u);
@@ -55,7 +59,10 @@ PDIFF_HD Philox4x32<Word> random_words(RandomStream stream, Word group) {
 }
 
 PDIFF_HD uint32_t random_word(RandomStream stream, uint32_t id) {
-  return random_words(stream, id / 4).word[id % 4];
+  const Philox4x32<uint32_t> words = random_words(stream, id / 4);
+  const uint32_t low = id % 2 == 0 ? words.word[0] : words.word[1];
+  const uint32_t high = id % 2 == 0 ? words.word[2] : words.word[3];
+  return id % 4 < 2 ? low : high;
 }
 
 }  // namespace pdiff

@@ -16,6 +16,7 @@ from pdiff_runtime.ops._library import (
     Impl,
     check_no_grad,
     check_tensor,
+    cuda_stream,
     library,
     pointer,
     select_impl,
@@ -122,8 +123,8 @@ def unmask_(
         positions: ``[num_rows]`` int32 in place of ``row_position`` for the random numbers.
 
     On a GPU nothing waits for the device, so what tensors hold cannot be checked first: there a
-    position out of range and a row of no span are not written, and a banned id out of range bans
-    nothing.
+    position out of range and a row of no span are not written, a banned id out of range bans
+    nothing, and a setting below its range counts as 0.
 
     Returns:
         Statistics per row. A row that is no distribution is flagged and never written.
@@ -208,15 +209,25 @@ def _run(
             **settings._asdict(),
         )  # fmt: skip
         return stats
-    _C.unmask(
+    arguments = (
         pointer(token_ids), pointer(logits), pointer(row_position), pointer(cu_rows_span),
         pointer(num_unmask), pointer(banned_ids), pointer(seeds), pointer(positions),
         pointer(stats.confidence), pointer(stats.candidate), pointer(stats.is_nan),
         pointer(stats.is_written), DTYPE_CODES[logits.dtype], logits.stride(0),
         token_ids.shape[0], num_rows, num_spans, vocab_size,
         0 if banned_ids is None else banned_ids.shape[0], _RULE_CODES[rule],
-        tuple(_address_and_value(setting) for setting in settings), torch.get_num_threads(),
+        tuple(_address_and_value(setting) for setting in settings),
     )  # fmt: skip
+    if choice is Impl.CPU:
+        _C.unmask(*arguments, torch.get_num_threads())
+        return stats
+    filters = any(
+        isinstance(setting, Tensor) or setting != off
+        for setting, off in ((settings.top_p, 1.0), (settings.top_k, 0))
+    )
+    num_bytes = _C.unmask_workspace_bytes(num_rows, vocab_size, filters)
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    _C.unmask_cuda(*arguments, pointer(workspace), num_bytes, *cuda_stream(device))
     return stats
 
 

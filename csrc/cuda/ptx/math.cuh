@@ -60,4 +60,29 @@ __device__ __forceinline__ float2 unpack2<float16>(uint32_t packed) {
   return x;
 }
 
+/// The larger number; NaN if one of them is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+/// The same of two packed elements.
+template <typename T>
+__device__ __forceinline__ uint32_t max2_or_nan(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t max2_or_nan<bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+template <>
+__device__ __forceinline__ uint32_t max2_or_nan<float16>(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 }  // namespace pdiff::cuda

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "pdiff/device.h"
 #include "pdiff/dtype.h"
 
 namespace pdiff {
@@ -19,7 +20,7 @@ template <typename T>
 struct PerSpan {
   const T* values = nullptr;  // [num_spans], or null: `value` holds for every span
   T value{};
-  T operator[](int64_t span) const { return values != nullptr ? values[span] : value; }
+  constexpr T operator[](int64_t span) const { return values != nullptr ? values[span] : value; }
 };
 
 /// Unmask: reveal the most certain masked tokens of each span.
@@ -70,5 +71,15 @@ struct UnmaskParams {
 namespace cpu {
 void unmask(const UnmaskParams& params);  // throws pdiff::Error before anything is written
 }
+
+/// On the device nothing is read back, so what only it knows is not refused but harmless: a row
+/// whose position lies out of range is scored and not written, an id out of range bans nothing, a
+/// setting below its range counts as 0, and rows outside of cu_rows_span belong to no span.
+namespace cuda {
+/// `filters`: whether some span may have top_p or top_k.
+int64_t unmask_workspace_bytes(int64_t num_rows, int64_t vocab_size, bool filters);
+void unmask(const UnmaskParams& params, void* workspace, int64_t workspace_bytes,
+            const CudaQueue& queue);
+}  // namespace cuda
 
 }  // namespace pdiff

@@ -62,4 +62,12 @@ float2 unpack2(uint32_t packed) {
   return {widen<T>(static_cast<uint16_t>(packed)), widen<T>(static_cast<uint16_t>(packed >> 16))};
 }
 
+inline float max_or_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+
+template <typename T>
+uint32_t max2_or_nan(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(max_or_nan(x.x, y.x), max_or_nan(x.y, y.y));
+}
+
 }  // namespace pdiff::cuda
