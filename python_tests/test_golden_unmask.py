@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from golden_data import load_npz
+from on_backends import backend_fixture
 
 from pdiff_runtime import ops
-from pdiff_runtime.testing import use_isa
+from pdiff_runtime.ops import Impl
 
 DATA = load_npz("unmask")
 META = json.loads(str(DATA["meta"]))
@@ -17,12 +18,15 @@ CASES = [int(case) for case in DATA["cases"]]
 FILTERS = [i for i in range(len(META["filters"])) if f"f{i}_logits" in DATA]
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request):
-    with use_isa(request.param) as available:
-        if not available:
-            pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+backend = backend_fixture(["generic", "avx2", "avx512"], [Impl.CUDA, Impl.TRITON])
+
+
+def run(backend, token_ids, logits, *arguments, **settings):
+    """The statistics, on the CPU; `token_ids` is written wherever the backend ran."""
+    moved = [x.to(backend.device) for x in (token_ids, logits, *arguments)]
+    stats = ops.unmask_(*moved, impl=backend.impl, **settings)
+    token_ids.copy_(moved[0])
+    return ops.UnmaskStats(*(part.cpu() for part in stats))
 
 
 def quotas(case: dict) -> list[int]:
@@ -39,7 +43,7 @@ def quotas(case: dict) -> list[int]:
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_step_writes_what_the_published_code_wrote(number, isa):
+def test_step_writes_what_the_published_code_wrote(number, backend):
     case = META["cases"][number]
     field = {name: DATA[f"{number:02d}_{name}"] for name in (
         "logits", "x_before", "x_after", "confidence", "x0", "chosen", "block_info"
@@ -50,7 +54,8 @@ def test_step_writes_what_the_published_code_wrote(number, isa):
     assert np.array_equal(row_position, masked)
 
     token_ids = torch.from_numpy(field["x_before"]).long()
-    stats = ops.unmask_(
+    stats = run(
+        backend,
         token_ids,
         torch.from_numpy(field["logits"][row_position]).float(),
         torch.from_numpy(row_position).int(),
@@ -69,7 +74,7 @@ def test_step_writes_what_the_published_code_wrote(number, isa):
 
 
 @pytest.mark.parametrize("number", FILTERS)
-def test_filters_keep_what_the_published_code_kept(number, isa):
+def test_filters_keep_what_the_published_code_kept(number, backend):
     logits = torch.from_numpy(DATA[f"f{number}_logits"]).float()
     keep = torch.from_numpy(DATA[f"f{number}_keep"])
     settings = META["filters"][number]
@@ -85,6 +90,7 @@ def test_filters_keep_what_the_published_code_kept(number, isa):
             torch.tensor([rows], dtype=torch.int32),
         )
         kept_only = logits.masked_fill(~keep, -torch.inf)
-        actual = ops.unmask_(tokens, logits, *arguments, rule=rule, threshold=0.0, **filters)
-        expected = ops.unmask_(tokens, kept_only, *arguments, rule=rule, threshold=0.0)
+        settings = {"rule": rule, "threshold": 0.0}
+        actual = run(backend, tokens, logits, *arguments, **settings, **filters)
+        expected = run(backend, tokens, kept_only, *arguments, **settings)
         assert torch.allclose(actual.confidence, expected.confidence, rtol=1e-5, atol=1e-6)

@@ -122,17 +122,19 @@ class RowReader {
   /// Loads a chunk, bans not applied; -inf for a lane that does not want it.
   __device__ __forceinline__ void load(Chunk& x, int32_t segment, int chunk,
                                        bool wanted = true) const {
-    const T* begin = row_ + int64_t{segment} * kSegment;
+    const int first = element(chunk, 0);
+    const T* begin = row_ + (int64_t{segment} * kSegment + first);
+    constexpr int kPerSlot = kWarpSize * kPerVector<T>;
     const int64_t left = vocab_size_ - int64_t{segment} * kSegment;
     const int n = wanted ? static_cast<int>(min(left, int64_t{kSegment})) : 0;
     if (is_aligned_ && n == kSegment) {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) x[slot] = load_once(begin + element(chunk, slot));
+      for (int slot = 0; slot < kSlots; ++slot) x[slot] = load_once(begin + slot * kPerSlot);
       return;
     }
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      x[slot] = load_edge(begin + element(chunk, slot), n - element(chunk, slot));
+      x[slot] = load_edge(begin + slot * kPerSlot, n - first - slot * kPerSlot);
     }
   }
 

@@ -52,7 +52,7 @@ __device__ __forceinline__ float warp_max_or_nan(float value) {
 
 /// Each warp takes `segments_per_strip` segments of a row, one after the other.
 template <typename T, bool kDraws>
-__global__ void __launch_bounds__(kScoreWarps* kWarpSize, kDraws ? 5 : 8)
+__global__ void __launch_bounds__(kScoreWarps* kWarpSize, kDraws ? 4 : 8)
     score_segments_kernel(const __grid_constant__ UnmaskParams p,
                           const __grid_constant__ Workspace workspace, int32_t segments_per_strip,
                           uint32_t blocks_per_row) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarpSize, kDraws ? 5 : 8)
           [&](int32_t id) { return reader.logit(segment, id); });
     };
     LaneScore score;
-#pragma unroll 2
+#pragma unroll(kDraws ? 1 : 2)
     for (int chunk = 0; chunk < Reader::kChunks; ++chunk) {
       uint4 x[kSlots];
 #pragma unroll
