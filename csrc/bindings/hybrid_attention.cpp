@@ -177,6 +177,7 @@ void forward_cuda(int64_t plan, int32_t num_slots, int32_t dtype, int64_t q_addr
       .num_slots = num_slots,
       .dtype = static_cast<DType>(dtype),
       .total_q = static_cast<int32_t>(q.shape[0]),
+      .num_keys = k.shape[0],
       .num_heads_q = static_cast<int32_t>(q.shape[1]),
       .num_heads_kv = static_cast<int32_t>(num_heads_kv),
       .head_dim = static_cast<int32_t>(head_dim),

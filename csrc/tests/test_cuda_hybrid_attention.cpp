@@ -15,6 +15,7 @@
 
 #include "cuda/ptx/math.cuh"
 #include "pdiff/attention_plan.h"
+#include "pdiff/device.h"
 #include "pdiff/hybrid_attention.h"
 #include "tests/random_layout.h"
 
@@ -99,6 +100,7 @@ class Run {
          .num_slots = h.num_slots,
          .dtype = std::is_same_v<T, bfloat16> ? DType::kBFloat16 : DType::kFloat16,
          .total_q = static_cast<int32_t>(total_q),
+         .num_keys = p.page_size > 0 ? num_pages : total_kv,
          .num_heads_q = p.num_heads_q,
          .num_heads_kv = p.num_heads_kv,
          .head_dim = p.head_dim,
@@ -229,11 +231,15 @@ class Run {
 
 template <typename T>
 void check(const Problem& problem, std::mt19937& random) {
-  Run<T> run(problem, random);
-  emulation::statistics() = {};
-  run.forward();
-  CHECK_EQ(emulation::statistics().matrix_load_conflicts, 0);
-  run.compare();
+  for (const char* kernels : {"portable", "sm90a"}) {
+    select_cuda_kernels(kernels);
+    Run<T> run(problem, random);
+    emulation::statistics() = {};
+    run.forward();
+    CHECK_EQ(emulation::statistics().matrix_load_conflicts, 0);
+    run.compare();
+  }
+  select_cuda_kernels(nullptr);
 }
 
 void check_both(const Problem& problem, std::mt19937& random) {

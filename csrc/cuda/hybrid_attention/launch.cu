@@ -4,6 +4,7 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/hybrid_attention/config.h"
+#include "cuda/hybrid_attention/sm90a/launch.h"
 #include "pdiff/error.h"
 
 namespace pdiff::cuda {
@@ -117,6 +118,10 @@ void hybrid_attention(const HybridAttentionParams& params, const CudaQueue& queu
   };
   const DeviceGuard guard(queue.device_idx);
   set_zero(counters, layout.num_counters * static_cast<int64_t>(sizeof(uint32_t)), queue);
+  if (cuda_kernels(queue.device_idx) == CudaKernels::kSm90a && sm90a::why_not(params)[0] == '\0') {
+    sm90a::launch_forward(params, forward.scale, reinterpret_cast<int32_t*>(counters), queue);
+    return;
+  }
   const bool is_bfloat16 = params.dtype == DType::kBFloat16;
   if (params.head_dim == 128) {
     (is_bfloat16 ? launch_forward<bfloat16, 128> : launch_forward<float16, 128>)(forward, queue);

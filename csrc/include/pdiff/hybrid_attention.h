@@ -67,6 +67,7 @@ struct HybridAttentionParams {
   int32_t num_slots = 0;           // the plan's, or more
   DType dtype = DType::kBFloat16;  // of q, k, v, out: kBFloat16 or kFloat16
   int32_t total_q = 0;             // rows of q, out and lse
+  int64_t num_keys = 0;            // rows of k and v: total_kv, or num_pages
   int32_t num_heads_q = 0, num_heads_kv = 0;
   int32_t head_dim = 0;     // 64 or 128
   int32_t page_size = 0;    // 0: packed keys

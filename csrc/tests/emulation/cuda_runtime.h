@@ -225,6 +225,11 @@ inline float __int_as_float(int x) { return pdiff_bits<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned long long __brevll(unsigned long long x) {
+  unsigned long long y = 0;
+  for (int i = 0; i < 64; ++i) y |= (x >> i & 1) << (63 - i);
+  return y;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }

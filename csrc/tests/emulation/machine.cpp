@@ -276,11 +276,17 @@ void run_blocks(std::mt19937& random) {
     }
     idle_passes = machine->progress == before ? idle_passes + 1 : 0;
     if (idle_passes > 2 && machine->error.empty()) {
+      // Told of the first block that hangs: who waits for what.
       for (const auto& of_block : fibers) {
+        std::ostringstream text;
+        const char* last = "";
         for (const auto& fiber : of_block) {
-          if (fiber->done || !machine->error.empty()) continue;
-          machine->error = "deadlock: " + describe(*fiber) + " waits for " + fiber->waits_for;
+          const char* what = fiber->done ? "nothing: ended" : fiber->waits_for;
+          if (std::strcmp(what, last) != 0)
+            text << "; " << describe(*fiber) << " waits for " << what;
+          last = what;
         }
+        if (machine->error.empty()) machine->error = "deadlock: " + text.str().substr(2);
       }
     }
   }

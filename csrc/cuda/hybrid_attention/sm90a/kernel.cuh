@@ -17,6 +17,7 @@
 
 #include "common/tile_walk.h"
 #include "cuda/common/warp.cuh"
+#include "cuda/hybrid_attention/sm90a/panels.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/ptx/warpgroup.cuh"
@@ -58,15 +59,6 @@ struct Shared {
   CopyBarrier v_landed[kStages], v_full[kStages], v_empty[kStages], limits_empty[kLimitSlots];
 };
 
-/// A slot of a ring and how often it has been used: the k-th use waits for phase k of its barriers.
-struct RingSlot {
-  int idx = 0, phase = 0;
-
-  __device__ void next(int num_slots) {
-    if (++idx == num_slots) idx = 0, ++phase;
-  }
-};
-
 /// How many keys of a run a row sees; `segment` is the row's.
 __device__ __forceinline__ int32_t visible_keys(const SegmentsView& view, int32_t segment,
                                                 int32_t row, const KeyRun& run) {
@@ -89,17 +81,24 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
   const int num_items = plan.header.num_tiles * plan.header.num_heads_kv;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const bool leads = lane == 0;
-  RingSlot q_slot, k_slot, v_slot, limit_slot;
+  RingPlace<2> q_slot;
+  RingPlace<kStages> k_slot, v_slot;
+  RingPlace<kLimitSlots> limit_slot;
 
+  // Only the lane that goes on alone waits: another one could miss the phase.
   const auto post = [&](const KeyTileMessage& message) {
-    shared.k_empty[k_slot.idx].wait(k_slot.phase + 1);
-    if (leads) shared.message[k_slot.idx] = message;
+    shared.k_empty[k_slot.slot()].wait(k_slot.phase() + 1);
+    shared.message[k_slot.slot()] = message;
   };
 
-  int item = static_cast<int>(blockIdx.x);
-  while (item < num_items) {
+  const auto next_item = [&] {
+    int item = leads ? static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1) : 0;
+    return __shfl_sync(kAllLanes, item, 0);
+  };
+  for (int item = static_cast<int>(blockIdx.x); item < num_items; item = next_item()) {
     const int tile_idx = item / plan.header.num_heads_kv, kv_head = item % plan.header.num_heads_kv;
     const PlanTile tile = plan.tiles[tile_idx];
+    if (tile.part > 0) continue;  // the first part takes all keys: blocks read as fast as they can
     const PlanSequence sequence = plan.sequences[tile.sequence];
     const SegmentsView view = segments_of(plan, sequence);
     const int num_tokens = tile.row_hi - tile.row_lo;
@@ -110,17 +109,17 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
       segments[i] = find_segment(view, tile.segment, view.num_segments, row);
     }
 
-    shared.q_empty[q_slot.idx].wait(q_slot.phase + 1);
     if (leads) {
-      CopyBarrier& full = shared.q_full[q_slot.idx];
+      shared.q_empty[q_slot.slot()].wait(q_slot.phase() + 1);
+      CopyBarrier& full = shared.q_full[q_slot.slot()];
       full.arrive_and_expect(kPanels * plan.header.tile_rows * group_size * 128);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        copy_box(shared.q[q_slot.idx][panel], q_map, full, 64 * panel, kv_head * group_size,
+        copy_box(shared.q[q_slot.slot()][panel], q_map, full, 64 * panel, kv_head * group_size,
                  sequence.row_begin + tile.row_lo);
       }
     }
-    q_slot.next(2);
+    q_slot.next();
 
     // 64 keys to rows [64 half, 64 half + 64) of a tile's panels
     const auto copy_keys = [&](unsigned char (&panels)[kPanels][kPanelBytes], const TensorMap& map,
@@ -140,17 +139,19 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     bool has_run = next_run(view, tile.segment, tile.row_hi, 0, &run);
     bool is_first = true;
     if (!has_run) {
-      post({tile_idx, kv_head, 0, 0, false, true, true, false});
-      if (leads) shared.k_full[k_slot.idx].arrive();
-      k_slot.next(kStages);
+      if (leads) {
+        post({tile_idx, kv_head, 0, 0, false, true, true, false});
+        shared.k_full[k_slot.slot()].arrive();
+      }
+      k_slot.next();
     }
     while (has_run) {
-      shared.limits_empty[limit_slot.idx].wait(limit_slot.phase + 1);
+      shared.limits_empty[limit_slot.slot()].wait(limit_slot.phase() + 1);
 #pragma unroll
       for (int i = 0; i < kTokensPerLane; ++i) {
         const int token = lane + i * kWarpSize;
         if (token < num_tokens) {
-          shared.limits[limit_slot.idx][token] =
+          shared.limits[limit_slot.slot()][token] =
               visible_keys(view, segments[i], tile.row_lo + token, run);
         }
       }
@@ -163,41 +164,38 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
         const bool is_last = !has_following && key + kKeys >= run.key_hi;
         const int num_halves = key + kBoxKeys < run.key_hi ? 2 : 1;
         const int num_bytes = num_halves * kPanels * (kPanelBytes / 2);
-        post({tile_idx, kv_head, key - run.key_lo, limit_slot.idx, true, is_first, is_last,
-              key == start});
-        is_first = false;
         if (leads) {
-          CopyBarrier& full = shared.k_full[k_slot.idx];
+          post({tile_idx, kv_head, key - run.key_lo, limit_slot.slot(), true, is_first, is_last,
+                key == start});
+          CopyBarrier& full = shared.k_full[k_slot.slot()];
           full.arrive_and_expect(num_bytes);
           for (int half = 0; half < num_halves; ++half) {
-            copy_keys(shared.k[k_slot.idx], k_map, full, half, key + half * kBoxKeys);
+            copy_keys(shared.k[k_slot.slot()], k_map, full, half, key + half * kBoxKeys);
           }
-        }
-        k_slot.next(kStages);
-        shared.v_empty[v_slot.idx].wait(v_slot.phase + 1);
-        if (leads) {
-          shared.v_columns[v_slot.idx] = {max(run.key_lo - key, 0), min(run.key_hi - key, kKeys)};
-          CopyBarrier& landed = shared.v_landed[v_slot.idx];
+          shared.v_empty[v_slot.slot()].wait(v_slot.phase() + 1);
+          shared.v_columns[v_slot.slot()] = {max(run.key_lo - key, 0),
+                                             min(run.key_hi - key, kKeys)};
+          CopyBarrier& landed = shared.v_landed[v_slot.slot()];
           landed.arrive_and_expect(num_bytes);
           for (int half = 0; half < num_halves; ++half) {
-            copy_keys(shared.v[v_slot.idx], v_map, landed, half, key + half * kBoxKeys);
+            copy_keys(shared.v[v_slot.slot()], v_map, landed, half, key + half * kBoxKeys);
           }
         }
-        v_slot.next(kStages);
+        is_first = false;
+        k_slot.next();
+        v_slot.next();
       }
-      limit_slot.next(kLimitSlots);
+      limit_slot.next();
       run = following;
       has_run = has_following;
     }
-    if (leads) item = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
-    item = __shfl_sync(kAllLanes, item, 0);
   }
-  post({-1, 0, 0, 0, false, false, false, false});
-  shared.v_empty[v_slot.idx].wait(v_slot.phase + 1);
   if (leads) {
-    shared.k_full[k_slot.idx].arrive();
-    shared.v_columns[v_slot.idx] = {-1, -1};
-    shared.v_landed[v_slot.idx].arrive();
+    post({-1, 0, 0, 0, false, false, false, false});
+    shared.k_full[k_slot.slot()].arrive();
+    shared.v_empty[v_slot.slot()].wait(v_slot.phase() + 1);
+    shared.v_columns[v_slot.slot()] = {-1, -1};
+    shared.v_landed[v_slot.slot()].arrive();
   }
 }
 
@@ -207,12 +205,12 @@ __device__ __forceinline__ void clear_values(Shared<kHeadDim>& shared) {
   constexpr int kPieces = 128 / 16;  // of a row
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const uint4 zero = make_uint4(0, 0, 0, 0);
-  for (RingSlot slot;; slot.next(kStages)) {
-    shared.v_landed[slot.idx].wait(slot.phase);
-    const int2 columns = shared.v_columns[slot.idx];
+  for (RingPlace<kStages> slot;; slot.next()) {
+    shared.v_landed[slot.slot()].wait(slot.phase());
+    const int2 columns = shared.v_columns[slot.slot()];
     if (columns.x < 0) return;
     if (columns.x > 0 || columns.y < kKeys) {
-      for (auto& panel : shared.v[slot.idx]) {
+      for (auto& panel : shared.v[slot.slot()]) {
         uint4* const pieces = reinterpret_cast<uint4*>(panel);
         for (int i = lane; i < columns.x * kPieces; i += kWarpSize) pieces[i] = zero;
         for (int i = columns.y * kPieces + lane; i < kKeys * kPieces; i += kWarpSize) {
@@ -222,20 +220,7 @@ __device__ __forceinline__ void clear_values(Shared<kHeadDim>& shared) {
       fence_async_copies();
     }
     __syncwarp();
-    if (lane == 0) shared.v_full[slot.idx].arrive();
-  }
-}
-
-/// Lane t of four lanes gets x[t] of each of them, in their order.
-__device__ __forceinline__ void transpose_across_four_lanes(uint32_t (&x)[4], int t) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & bit) != 0) continue;
-      const uint32_t received = __shfl_xor_sync(kAllLanes, (t & bit) != 0 ? x[i] : x[i | bit], bit);
-      ((t & bit) != 0 ? x[i] : x[i | bit]) = received;
-    }
+    if (lane == 0) shared.v_full[slot.slot()].arrive();
   }
 }
 
@@ -250,32 +235,30 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
   const int warpgroup = thread / 128, lane = thread % kWarpSize, t = lane % 4;
   const int first_row = thread / kWarpSize * 16 + lane / 4;
   const bool leads = lane == 0;
-  RingSlot q_slot, k_slot, v_slot;
+  RingPlace<2> q_slot;
+  RingPlace<kStages> k_slot, v_slot;
   float out[kHeadDim / 2], s[kKeys / 2];
   uint32_t p[kKeys / 4];
   float m[2], l[2];
   int32_t limit[2] = {0, 0};
 
-  const auto descriptor_of_step = [](uint64_t panels, int step) {
-    return panels + step / 4 * (kPanelBytes >> 4) + step % 4 * 2;
-  };
   const auto multiply_by_keys = [&] {  // s <- q @ k^T
     const uint64_t q =
-        describe_panels(shared.q[q_slot.idx][0] + warpgroup * (kPanelBytes / 2), kPanelBytes);
-    const uint64_t k = describe_panels(shared.k[k_slot.idx][0], kPanelBytes);
+        describe_panels(shared.q[q_slot.slot()][0] + warpgroup * (kPanelBytes / 2), kPanelBytes);
+    const uint64_t k = describe_panels(shared.k[k_slot.slot()][0], kPanelBytes);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      multiply_panels<T, kKeys>(s, descriptor_of_step(q, step), descriptor_of_step(k, step),
-                                step > 0);
+      multiply_panels<T, kKeys>(s, column_step<kPanelBytes>(q, step),
+                                column_step<kPanelBytes>(k, step), step > 0);
     }
     products_commit();
   };
   const auto multiply_by_values = [&] {  // out <- out + p @ v
-    const uint64_t v = describe_panels(shared.v[v_slot.idx][0], kPanelBytes);
+    const uint64_t v = describe_panels(shared.v[v_slot.slot()][0], kPanelBytes);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       multiply_fragment<T, kHeadDim>(
-          out, {p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3]}, v + 128 * step,
+          out, {p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3]}, row_step(v, step),
           true);
     }
     products_commit();
@@ -285,11 +268,11 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
   };
 
   for (;;) {
-    shared.k_full[k_slot.idx].wait(k_slot.phase);
-    KeyTileMessage message = shared.message[k_slot.idx];
+    shared.k_full[k_slot.slot()].wait(k_slot.phase());
+    KeyTileMessage message = shared.message[k_slot.slot()];
     if (message.tile < 0) return;
     const int tile_idx = message.tile, kv_head = message.kv_head;
-    shared.q_full[q_slot.idx].wait(q_slot.phase);
+    shared.q_full[q_slot.slot()].wait(q_slot.phase());
 #pragma unroll
     for (float& x : out) x = 0.0f;
     m[0] = m[1] = -INFINITY;
@@ -349,43 +332,43 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       products_begin();
       multiply_by_keys();
       products_wait<0>();
-      release(shared.k_empty[k_slot.idx]);
+      release(shared.k_empty[k_slot.slot()]);
       softmax();
       round_weights();
     } else {
-      release(shared.k_empty[k_slot.idx]);
+      release(shared.k_empty[k_slot.slot()]);
     }
     const bool has_keys = message.has_keys;
-    k_slot.next(kStages);
+    k_slot.next();
 
     while (!is_last) {
-      shared.k_full[k_slot.idx].wait(k_slot.phase);
-      message = shared.message[k_slot.idx];
+      shared.k_full[k_slot.slot()].wait(k_slot.phase());
+      message = shared.message[k_slot.slot()];
       is_last = message.is_last;
       products_begin();
       multiply_by_keys();
-      shared.v_full[v_slot.idx].wait(v_slot.phase);
+      shared.v_full[v_slot.slot()].wait(v_slot.phase());
       multiply_by_values();
       products_wait<1>();
-      release(shared.k_empty[k_slot.idx]);
+      release(shared.k_empty[k_slot.slot()]);
       softmax();
       products_wait<0>();
-      release(shared.v_empty[v_slot.idx]);
+      release(shared.v_empty[v_slot.slot()]);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[i % 4 / 2];
       round_weights();
-      k_slot.next(kStages);
-      v_slot.next(kStages);
+      k_slot.next();
+      v_slot.next();
     }
-    release(shared.q_empty[q_slot.idx]);
-    q_slot.next(2);
+    release(shared.q_empty[q_slot.slot()]);
+    q_slot.next();
     if (has_keys) {
-      shared.v_full[v_slot.idx].wait(v_slot.phase);
+      shared.v_full[v_slot.slot()].wait(v_slot.phase());
       products_begin();
       multiply_by_values();
       products_wait<0>();
-      release(shared.v_empty[v_slot.idx]);
-      v_slot.next(kStages);
+      release(shared.v_empty[v_slot.slot()]);
+      v_slot.next();
     }
 
     const PlanView view = plan_view_of(params.plan);
@@ -401,21 +384,9 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       const bool is_row = row < num_rows;
       const int64_t token = first_token + row / group_size;
       const int head = kv_head * group_size + row % group_size;
-      uint16_t* const to = static_cast<uint16_t*>(params.out) +
-                           (token * plan.num_heads_q + head) * int64_t{kHeadDim};
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; j += 4) {
-        uint32_t x[4];
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          x[b] =
-              pack2<T>(out[4 * (j + b) + 2 * i] * inverse, out[4 * (j + b) + 2 * i + 1] * inverse);
-        }
-        transpose_across_four_lanes(x, t);
-        if (is_row) {
-          *reinterpret_cast<uint4*>(to + (j + t) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
-      }
+      T* const to =
+          static_cast<T*>(params.out) + (token * plan.num_heads_q + head) * int64_t{kHeadDim};
+      store_row<T, kHeadDim>(to, out, i, inverse, is_row);
       if (is_row && t == 0 && params.lse != nullptr) {
         constexpr float kLn2 = 0.693147181f;
         params.lse[int64_t{head} * plan.total_q + token] =

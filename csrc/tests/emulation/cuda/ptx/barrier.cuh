@@ -4,7 +4,7 @@
 
 namespace pdiff::cuda {
 
-class CopyBarrier {
+class alignas(8) CopyBarrier {
  public:
   void init(int num_arrivals) {
     if (reinterpret_cast<uintptr_t>(this) % 8 != 0) emulation::fail("a barrier is misaligned");
