@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
-from pdiff_runtime.testing import Backend, assert_within_budget
+from pdiff_runtime.testing import Backend, assert_within_budget, use_cuda_kernels
 from pdiff_runtime.testing.problems import LAYOUTS, TAGS, AttentionProblem, document, layout_of
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -26,6 +26,14 @@ if not CUDA.is_quick:  # every layout and every setting, on few heads
         AttentionProblem(layouts, *HEADS[i % 3], *SETTINGS[i % 4])
         for i, layouts in enumerate(LAYOUTS)
     ]
+
+
+@pytest.fixture(params=["portable", "sm90a"], autouse=True)
+def kernels(request):
+    with use_cuda_kernels(request.param) as available:
+        if not available:
+            pytest.skip(f"{request.param} kernels are not for this device")
+        yield request.param
 
 
 def random(*shape, dtype=BF16, seed=0):

@@ -247,13 +247,17 @@ TEST(gradients_of_random_layouts) {
     if (heads_q < 10) batch.layouts.push_back(pdiff::test::random_layout(random));
     batch.layouts.push_back(pdiff::test::random_document(random, heads_q < 10 ? 30 : 3));
     const Case problem(batch, random, trial % 2 * 8, trial % 3 * 64);
-    const Gradients gradients = problem.run();
-    problem.check(gradients);
-    const Gradients again = problem.run();
-    CHECK(same_bits(gradients.dq, 0, again.dq));
-    CHECK(same_bits(gradients.dk, 0, again.dk));
-    CHECK(same_bits(gradients.dv, 0, again.dv));
+    for (const char* kernels : {"portable", "sm90a"}) {
+      pdiff::select_cuda_kernels(kernels);
+      const Gradients gradients = problem.run();
+      problem.check(gradients);
+      const Gradients again = problem.run();
+      CHECK(same_bits(gradients.dq, 0, again.dq));
+      CHECK(same_bits(gradients.dk, 0, again.dk));
+      CHECK(same_bits(gradients.dv, 0, again.dv));
+    }
   }
+  pdiff::select_cuda_kernels(nullptr);
 }
 
 TEST(large_scores_and_empty_batches) {

@@ -4,6 +4,7 @@
 #include "cuda/hybrid_attention_backward/key_gradient.cuh"
 #include "cuda/hybrid_attention_backward/query_gradient.cuh"
 #include "cuda/hybrid_attention_backward/row_statistics.cuh"
+#include "cuda/hybrid_attention_backward/sm90a/launch.h"
 
 namespace pdiff::cuda::attention_backward {
 
@@ -17,6 +18,9 @@ void launch_kernels(const Problem& problem, const CudaQueue& queue) {
            {"hybrid_attention_backward: rows", (num_rows + kRowsPerBlock - 1) / kRowsPerBlock,
             kStatisticsThreads},
            queue, problem);
+  }
+  if (cuda_kernels(queue.device_idx) == CudaKernels::kSm90a && sm90a::takes_backward(x)) {
+    return sm90a::launch_backward<T, kHeadDim>(problem, queue);
   }
   // Blocks that stay and take one tile after another; how many tiles there are, the plan knows.
   const int64_t num_blocks = int64_t{kBlocksPerSm} * num_sms(queue.device_idx);
