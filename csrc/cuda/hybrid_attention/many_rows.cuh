@@ -130,10 +130,12 @@ class ManyRows {
     }
   }
 
-  /// How many keys of the run each row of the warp sees. Each lane looks after one row.
+  /// How many keys of the run each row of the warp sees: none, if the tile has no row for the warp.
+  /// Each lane looks after one row.
   __device__ __forceinline__ void enter_run(const KeyRun& run) {
     const int32_t row = warp_ * kWarpRows + lane_;
-    const int32_t visible = visible_to(params_, shared_, row, run);
+    const bool has_rows = warp_ * kWarpRows < shared_.rows.num_rows;
+    const int32_t visible = has_rows ? visible_to(params_, shared_, row, run) : 0;
     __syncwarp();
     shared_.visible[row] = visible;
     __syncwarp();
