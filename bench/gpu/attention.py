@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from device import DEVICE, ON_GPU, Call, compiled, synchronize
@@ -21,11 +21,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 from workloads import AttentionWorkload, gpu_attention
 
+from pdiff_runtime import _C
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
-from pdiff_runtime.testing import assert_within_budget
+from pdiff_runtime.testing import assert_within_budget, use_cuda_kernels
 
 BF16 = torch.bfloat16
+Within = Callable[[Callable[..., object]], Callable[..., object]]
 
 
 def run(bench: Bench) -> None:
@@ -61,48 +63,52 @@ def _training(
         return scaled_dot_product_attention(*x, attn_mask=bias)
 
     forward, backward = {}, {}
-    for impl, plan in plans.items():
-        bench.check(f"attention forward, {name}", impl, functools.partial(_check, small, impl))
-        body = functools.partial(_check, small, impl, gradients=True)
-        bench.check(f"attention backward, {name}", impl, body)
-        ours = functools.partial(hybrid_attention, plan=plan)
-        forward[impl] = _forward_of(ours, tensors)
-        backward[impl] = _backward_of(ours, tensors)
+    for impl, title, within in _variants(plans):
+        for way, gradients in (("forward", False), ("backward", True)):
+            body = within(functools.partial(_check, small, impl, gradients))
+            bench.check(f"attention {way}, {name}", title, body)
+        ours = functools.partial(hybrid_attention, plan=plans[impl])
+        forward[title] = Call(within(_forward_of(ours, tensors).run))
+        backward[title] = Call(within(_backward_of(ours, tensors).run))
+    titles = list(forward)
     if ON_GPU:  # it has no backward on a CPU
         backward["FlexAttention"] = _backward_of(flex_forward, peers["grouped"])
     forward["FlexAttention"] = _forward_of(flex_forward, peers["grouped"])
     forward["SDPA, dense mask"] = _forward_of(dense_forward, peers["repeated"])
     backward["SDPA, dense mask"] = _backward_of(dense_forward, peers["repeated"])
 
-    for impl in plans:  # also at full size: against torch, in bfloat16 both
-        body = functools.partial(_compare, forward[impl], forward["SDPA, dense mask"])
-        bench.check(f"attention, {name}, full size", impl, body)
+    for title in titles:  # also at full size: against torch, in bfloat16 both
+        body = functools.partial(_compare, forward[title], forward["SDPA, dense mask"])
+        bench.check(f"attention, {name}, full size", title, body)
 
     flops = workload.forward_flops
     workloads = [f"attention {way}, {name}" for way in ("forward", "backward")]
     forward_times = bench.measure(workloads[0], forward, Work(flops, "TFLOP/s"))
     backward_times = bench.measure(workloads[1], backward, Work(2.5 * flops, "TFLOP/s"))
-    for impl in plans:
-        if {impl, "FlexAttention"} <= forward_times.keys() & backward_times.keys():
+    for title in titles:
+        if {title, "FlexAttention"} <= forward_times.keys() & backward_times.keys():
             ours, peer = (
-                forward_times[x].ms + backward_times[x].ms for x in (impl, "FlexAttention")
+                forward_times[x].ms + backward_times[x].ms for x in (title, "FlexAttention")
             )
-            title = f"attention both ways against FlexAttention, {name}"
-            bench.value(title, impl, peer / ours, "x")
+            workload = f"attention both ways against FlexAttention, {name}"
+            bench.value(workload, title, peer / ours, "x")
 
 
 def _paged(bench: Bench, name: str, workload: AttentionWorkload, small: AttentionWorkload) -> None:
     make = functools.partial(plan_of, workload, device=DEVICE)
     plans = bench.plans(f"attention, {name}", lambda impl: make(impl=impl))
-    tensors = inputs_of(next(iter(plans.values())), BF16)
+    plan = next(iter(plans.values()))
+    tensors = inputs_of(plan, BF16)
     calls = {}
-    for impl, plan in plans.items():
-        bench.check(f"attention, {name}", impl, functools.partial(_check, small, impl))
-        calls[impl] = _forward_of(functools.partial(hybrid_attention, plan=plan), tensors)
+    for impl, title, within in _variants(plans):
+        bench.check(f"attention, {name}", title, within(functools.partial(_check, small, impl)))
+        ours = functools.partial(hybrid_attention, plan=plans[impl])
+        calls[title] = Call(within(_forward_of(ours, tensors).run))
+    titles = list(calls)
     calls["prefix, spans, merge"] = _composed(workload, plan, *tensors)
-    for impl in plans:
-        body = functools.partial(_compare, calls[impl], calls["prefix, spans, merge"])
-        bench.check(f"attention, {name}, full size", impl, body)
+    for title in titles:
+        body = functools.partial(_compare, calls[title], calls["prefix, spans, merge"])
+        bench.check(f"attention, {name}, full size", title, body)
     if name == "answers":  # each key and value is read once
         work = Work(2 * 2 * plan.total_kv * plan.num_heads_kv * plan.head_dim, "GB/s")
     else:
@@ -129,6 +135,30 @@ def _mixed(bench: Bench, shapes: dict[str, AttentionWorkload]) -> None:
             share = timings["mixed"].ms / sum(timings[name].ms for name in parts)
             title = "attention forward, mixed batch of separate launches"
             bench.value(title, impl, share, "of the sum")
+
+
+def _variants(plans: Mapping[str, AttentionPlan]) -> Iterator[tuple[str, str, Within]]:
+    """Each implementation, its title, and what its calls run within.
+
+    Of the two sets of CUDA kernels, the one that is not the default comes beside.
+    """
+    for impl in plans:
+        yield impl, impl, lambda call: call
+        if impl != Impl.CUDA or not ON_GPU:
+            continue
+        for kernels in {"portable", "sm90a"} - {_C.cuda_kernels(0)}:
+            with use_cuda_kernels(kernels) as available:
+                pass
+            if available:
+                yield impl, f"cuda, {kernels}", functools.partial(_with_kernels, kernels)
+
+
+def _with_kernels(kernels: str, call: Callable[..., object]) -> Callable[..., object]:
+    def run(*arguments: object) -> object:
+        with use_cuda_kernels(kernels):
+            return call(*arguments)
+
+    return run
 
 
 def _host_cost(bench: Bench) -> None:

@@ -19,7 +19,7 @@ from peers import plan_of
 from workloads import gpu_attention
 
 from pdiff_runtime import ops
-from pdiff_runtime.testing import BACKENDS
+from pdiff_runtime.testing import BACKENDS, use_cuda_kernels
 
 BACKEND = next(b for b in BACKENDS if b.impl is ops.Impl.CUDA)
 DEVICE = BACKEND.device
@@ -36,7 +36,16 @@ def expect_numbers(*tensors: torch.Tensor) -> None:
         assert not tensor.cpu().isnan().any()
 
 
-def attention(head_dim: int, dtype: torch.dtype) -> None:
+def attention(head_dim: int, dtype: torch.dtype, kernels: str) -> None:
+    """With one set of kernels, see :func:`pdiff_runtime.testing.use_cuda_kernels`."""
+    with use_cuda_kernels(kernels) as available:
+        if available or kernels == "portable":
+            _attention(head_dim, dtype)
+        else:
+            raise NotImplementedError(f"{kernels} kernels, on this device")
+
+
+def _attention(head_dim: int, dtype: torch.dtype) -> None:
     """Packed keys both ways, paged keys forward; long rows, short rows, one row a request."""
     for name, workload in gpu_attention(128, heads=(4, 2, head_dim)).items():
         plan = plan_of(workload, impl=BACKEND.impl, device=DEVICE)
@@ -101,8 +110,11 @@ def main() -> int:
         return 77
     torch.manual_seed(0)
     num_failed = 0
-    cases = [(attention, (head_dim, torch.bfloat16)) for head_dim in (64, 128)]
-    cases.append((attention, (128, torch.float16)))
+    cases = [
+        (attention, (head_dim, dtype, kernels))
+        for kernels in ("portable", "sm90a")
+        for head_dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float16))
+    ]
     for dtype in (torch.bfloat16, torch.float32):
         cases += [(case, (dtype,)) for case in (unmask, rope, cross_entropy)]
     for case, arguments in cases:
