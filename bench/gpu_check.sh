@@ -23,6 +23,7 @@ readonly work="$PWD/build/gpu-check"
 readonly site="$work/site" rows="$work/rows.jsonl" stages="$work/stages.tsv"
 readonly all_stages=(build tests rows attention model suite memcheck racecheck synccheck initcheck)
 readonly python="${PYTHON:-python3}"
+readonly gpu_cases="(cuda or triton) and not compile and not architecture"
 readonly skipped=77
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=passive
 smoke="${GPU_CHECK_SMOKE:-}"
@@ -71,7 +72,7 @@ stage_tests() {
   if [[ -n $smoke ]]; then
     pytest python_tests/test_attention_plan.py python_tests/test_cuda_code.py
   else
-    pytest python_tests -k "cuda or triton or Triton"
+    pytest python_tests -k "$gpu_cases"
   fi
 }
 
@@ -79,7 +80,7 @@ stage_suite() {
   if [[ -n $smoke ]]; then
     pytest python_tests/test_schedule.py
   else
-    pytest python_tests -k "not (cuda or triton or Triton)"
+    pytest python_tests -k "not ($gpu_cases)"
   fi
 }
 
