@@ -101,6 +101,15 @@ def test_sm90a_kernels_use_what_they_are_for(kernel):
     assert has(code_of(kernel), "HGMMA", "UTMALDG")
 
 
+@pytest.mark.parametrize("kernel", SM90A, ids=str)
+def test_warpgroups_issue_products_one_after_another(kernel):
+    """A compiler short of registers waits for each product before it issues the next."""
+    code = code_of(kernel)
+    waits = [i for i in code if i.opcode.startswith("WARPGROUP.DEPBAR")]
+    products = [i for i in code if i.opcode.startswith("HGMMA")]
+    assert len(products) >= 3 * len(waits)
+
+
 @pytest.mark.parametrize("stem", STREAMS)
 def test_logits_are_read_16_bytes_at_a_time(stem):
     """Of every kernel that goes through a row: one whose loop has exponentials."""

@@ -348,6 +348,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       products_begin();
       multiply_by_keys();
       shared.v_full[v_slot.slot()].wait(v_slot.phase());
+      products_begin();
       multiply_by_values();
       products_wait<1>();
       release(shared.k_empty[k_slot.slot()]);
