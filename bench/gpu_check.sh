@@ -123,7 +123,7 @@ wanted=()
 for argument in "$@"; do
   case "$argument" in
     --smoke) smoke=1 ;;
-    -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' bench/gpu_check.sh; exit 0 ;;
     *)
       if [[ " ${all_stages[*]} " != *" $argument "* ]]; then
         echo "no such stage: $argument; there are ${all_stages[*]}" >&2
@@ -160,7 +160,7 @@ for name in "${all_stages[@]}"; do
   ((limit <= left)) || limit="$left"
   echo "==> $name, at most $limit s"
   log="$work/$name.log"
-  timeout --kill-after=5 "$limit" "$BASH" "$0" --run "$name" "$limit" >"$log" 2>&1 || status=$?
+  timeout --kill-after=5 "$limit" "$BASH" bench/gpu_check.sh --run "$name" "$limit" >"$log" 2>&1 || status=$?
   case "$status" in
     0) outcome=ok ;;
     "$skipped") outcome=skipped ;;
