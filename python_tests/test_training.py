@@ -84,6 +84,19 @@ def test_it_learns(encoder, tmp_path):
     assert records[-1]["loss_span"] < 0.6 * records[0]["loss_span"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_sees_the_losses_of_a_cpu(encoder, tmp_path):
+    """Documents and noise are the same, so only rounding differs; a checkpoint moves between."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        records: list[dict] = []
+        out_dir = tmp_path / device
+        Trainer(recipe(), DOCUMENTS, encoder, out_dir, records.append, device).train(max_steps=5)
+        Trainer(recipe(), DOCUMENTS, encoder, out_dir, records.append, "cpu").train(max_steps=5)
+        losses[device] = [record["loss"] for record in records]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
+
+
 def test_the_log_separates_plan_and_spans(encoder, tmp_path):
     Trainer(recipe(), DOCUMENTS, encoder, tmp_path).train(max_steps=2)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()

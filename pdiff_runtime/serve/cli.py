@@ -80,6 +80,24 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+device_option = click.option(
+    "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:N."
+)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: torch {torch.__version__} sees no CUDA device")
+
+
 # --- generate ------------------------------------------------------------------------------------
 
 
@@ -144,6 +162,7 @@ def _set_threads(threads: int | None) -> None:
     default="bfloat16",
     help="Of weights and computation; default bfloat16.",
 )
+@device_option
 @threads_option
 @click.option(
     "--pace",
@@ -156,8 +175,9 @@ def _set_threads(threads: int | None) -> None:
 @click.option("--plain", is_flag=True, help="Only the answer, as without a terminal.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object per prompt.")
 def generate(
-    prompts: tuple[str, ...], model: str | None, dtype: str, threads: int | None, pace: float,
-    plain: bool, is_json: bool, plan: str | None, joint: bool, no_grammar: bool, **knobs: Any,
+    prompts: tuple[str, ...], model: str | None, dtype: str, device: str, threads: int | None,
+    pace: float, plain: bool, is_json: bool, plan: str | None, joint: bool, no_grammar: bool,
+    **knobs: Any,
 ) -> None:  # fmt: skip
     """Answer each PROMPT; - reads one from stdin.
 
@@ -178,7 +198,8 @@ def generate(
 
         user_plan = None if plan is None else parse_plan(plan)
         _set_threads(threads)
-        llm = LLM(model, dtype=getattr(torch, dtype))
+        _check_device(device)
+        llm = LLM(model, dtype=getattr(torch, dtype), device=device)
         given = {name: value for name, value in knobs.items() if value is not None}
         if "steps_ratio" in given:
             given.setdefault("unmask", "entropy")  # a rule that counts steps
@@ -264,9 +285,11 @@ def check_env(is_json: bool) -> None:
     metavar="N",
     help="Stop after N optimiser steps; the same command goes on from there.",
 )
+@device_option
 @threads_option
 def train(
-    recipe: str, out: Path | None, data: str | None, max_steps: int | None, threads: int | None
+    recipe: str, out: Path | None, data: str | None, max_steps: int | None, device: str,
+    threads: int | None,
 ) -> None:  # fmt: skip
     """Train a model by a RECIPE.
 
@@ -283,10 +306,11 @@ def train(
     if data is not None:
         loaded = dataclasses.replace(loaded, data=data)
     _set_threads(threads)
+    _check_device(device)
     out = out or Path("runs") / loaded.name
     try:
         with TrainingProgress(loaded, is_live=sys.stdout.isatty()) as progress:
-            folder = run_recipe(loaded, out, max_steps=max_steps, log=progress.log)
+            folder = run_recipe(loaded, out, max_steps=max_steps, log=progress.log, device=device)
     except KeyboardInterrupt:
         click.echo(f"stopped; the same command goes on from the last checkpoint in {out}", err=True)
         sys.exit(130)

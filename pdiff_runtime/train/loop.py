@@ -50,6 +50,8 @@ class Trainer:
         encoder: Turns them into token ids.
         out_dir: Where checkpoints and ``log.jsonl`` go; a checkpoint there is resumed.
         log: Called with every log record.
+        device: Where model and moments are. Documents and noise are drawn on the CPU, so they are
+            the same on every device.
     """
 
     def __init__(
@@ -59,12 +61,15 @@ class Trainer:
         encoder: DocumentEncoder,
         out_dir: Path,
         log: Log = lambda record: None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.recipe, self.encoder, self.out_dir, self.log = recipe, encoder, out_dir, log
         self.tags: ControlTokens = encoder.tags
         self.documents = documents
         self.model = Decoder(recipe.model)
         init_weights(self.model, recipe.seed)
+        self.model.to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if recipe.compile else self.model
         self.progress = Progress()
         self._new_optimizer()
@@ -139,13 +144,14 @@ class Trainer:
         noised = torch.where(batch.is_content & (u < t), self.tags.mask, batch.token_ids)
         weights = weights_from_targets(batch.labels, batch.is_span, noised, self.tags.mask, t=t)
         rows = (weights.labels != IGNORE).nonzero()[:, 0]
+        labels, weight, kind = weights.labels[rows], weights.weight[rows], weights.kind[rows]
 
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
-            hidden = self.forward(noised, self._attend(batch))
-            logits = self.model.logits(hidden[rows])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
+            hidden = self.forward(self._here(noised), self._attend(batch))
+            logits = self.model.logits(hidden[self._here(rows)])
         result = ops.weighted_cross_entropy(
-            logits, weights.labels[rows], weights.weight[rows], weights.kind[rows],
+            logits, self._here(labels), self._here(weight), self._here(kind),
             normaliser=weights.normaliser, inplace_backward=True,
         )  # fmt: skip
         if not torch.isfinite(result.loss):
@@ -171,9 +177,16 @@ class Trainer:
         config = self.recipe.model
         plan = ops.AttentionPlan.pack(
             batch.layouts, num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
-            head_dim=config.head_dim, device="cpu",
+            head_dim=config.head_dim, device=self.device,
         )  # fmt: skip
-        return PackedAttention(plan, self.model.cos, self.model.sin, batch.positions)
+        positions = self._here(batch.positions)
+        return PackedAttention(plan, self.model.cos, self.model.sin, positions)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """The tensor on the trainer's device."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # so that the copy is not waited for
+        return tensor.to(self.device, non_blocking=True)
 
     def _new_optimizer(self) -> None:
         decayed = [p for p in self.model.parameters() if p.ndim == 2]
@@ -211,7 +224,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
                 state: dict[str, Tensor] = {
-                    key.split(".")[1]: value
+                    key.split(".")[1]: value.to(self.device)
                     for key, value in tensors.items()
                     if key.startswith("optimizer.") and key.split(".", 2)[2] == name
                 }

@@ -11,6 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from pdiff_runtime.models import BUNDLED_MODEL, ModelConfig, Tokenizer, save_model
 from pdiff_runtime.plan import ControlTokens
 from pdiff_runtime.train.data import DocumentEncoder, TaggedDocument, read_documents
@@ -31,6 +33,7 @@ def run_recipe(
     *,
     max_steps: int | None = None,
     log: Log = lambda record: None,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Train, or go on where the folder's checkpoint stands, and export the model.
 
@@ -39,6 +42,7 @@ def run_recipe(
         out_dir: The folder of the run; made if missing.
         max_steps: Optimiser steps of this call; None runs to the end of the recipe.
         log: Called with every log record.
+        device: Where to train.
 
     Returns:
         ``out_dir / "model"``, for :func:`pdiff_runtime.load_model`.
@@ -47,12 +51,18 @@ def run_recipe(
         ValueError: Tokenizer or data are missing or do not fit, or the folder holds another run.
         FloatingPointError: The loss is not finite; the last checkpoint stays as it was.
     """
-    trainer = prepare(recipe, out_dir, log=log)
+    trainer = prepare(recipe, out_dir, log=log, device=device)
     trainer.train(max_steps)
     return export(trainer, tokenizer_dir(recipe.tokenizer), out_dir / "model")
 
 
-def prepare(recipe: Recipe, out_dir: Path, *, log: Log = lambda record: None) -> Trainer:
+def prepare(
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    log: Log = lambda record: None,
+    device: torch.device | str = "cpu",
+) -> Trainer:
     """A trainer with the recipe's tokenizer and documents, at the folder's checkpoint if any."""
     encoder = load_encoder(recipe.tokenizer, recipe.model.length_unit)
     if encoder.tokenizer.vocab_size > recipe.model.vocab_size:
@@ -62,7 +72,8 @@ def prepare(recipe: Recipe, out_dir: Path, *, log: Log = lambda record: None) ->
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     _claim(recipe, out_dir)
-    return Trainer(recipe, load_documents(recipe, out_dir / "data"), encoder, out_dir, log)
+    documents = load_documents(recipe, out_dir / "data")
+    return Trainer(recipe, documents, encoder, out_dir, log, device)
 
 
 def tokenizer_dir(name_or_path: str) -> Path:
