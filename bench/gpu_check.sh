@@ -45,6 +45,22 @@ has_module() { "$python" -c "import $1" 2>/dev/null; }
 
 # -- stages: each runs in a process of its own, with $limit seconds -------------------------------
 
+# Where pip or setuptools are too old for pyproject.toml: the package's files, and the core by CMake.
+build_without_pip() {
+  local build="$work/cmake"
+  echo "pip could not install; building with CMake alone"
+  rm -rf "$site" && mkdir -p "$site" && cp -r pdiff_runtime "$site/" || return 1
+  # shellcheck disable=SC2086  # several arguments
+  cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPDIFF_BUILD_PYTHON=ON \
+    -DPDIFF_BUILD_LIBRARY=OFF -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dpybind11_DIR="$("$python" -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
+    -DWITH_CUDA="${PDIFF_WITH_CUDA:-OFF}" \
+    ${PDIFF_CUDA_ARCHITECTURES:+-DPDIFF_CUDA_ARCHITECTURES="$PDIFF_CUDA_ARCHITECTURES"} \
+    ${PDIFF_CMAKE_ARGS:-} &&
+    cmake --build "$build" --target _C &&
+    cmake --install "$build" --prefix "$site/pdiff_runtime" --component python
+}
+
 stage_build() {
   rm -rf "$site"
   if [[ -n $smoke ]]; then
@@ -56,7 +72,7 @@ stage_build() {
     export PDIFF_CUDA_ARCHITECTURES="${PDIFF_CUDA_ARCHITECTURES:-$capability-real}"
   fi
   "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-index \
-    --no-deps --target "$site" . || return 1
+    --no-deps --target "$site" . || build_without_pip || return 1
   PYTHONPATH="$site" "$site/bin/pdiff" check-env
 }
 
