@@ -346,6 +346,32 @@ def test_on_a_gpu_what_is_out_of_range_is_not_written(backend):
     assert (token_ids == -5).sum() == len(token_ids) - 1
 
 
+@pytest.mark.parametrize("settings", settings_few("hot", "both_filters"))
+def test_a_captured_graph_unmasks_again(settings, backend):
+    if backend.device.type != "cuda":
+        pytest.skip("no GPU")
+    spans = [x.to(backend.device) for x in spans_of(4, 2, quotas=[2, 1])]
+    logits = random_logits(6, 5000).to(backend.device)
+    token_ids = torch.full((15,), -5, device=backend.device)
+
+    def step():
+        return ops.unmask_(token_ids, logits, *spans, impl=backend.impl, **settings)
+
+    step()  # whatever is compiled or loaded at the first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = step()
+    for seed in range(2):
+        logits.copy_(random_logits(6, 5000, seed=seed))
+        token_ids.fill_(-5)
+        graph.replay()
+        actual = [token_ids.clone(), *(part.clone() for part in stats)]
+        token_ids.fill_(-5)
+        expected = step()
+        for a, b in zip(actual, [token_ids, *expected], strict=True):
+            assert torch.equal(a, b)
+
+
 # -- sampling ------------------------------------------------------------------------------------
 
 

@@ -291,6 +291,8 @@ TEST(entropy_of_a_large_vocabulary_is_that_of_double) {
   Problem problem(2, 152064, {2});
   for (float& x : problem.logits) x = normal(random);
   problem.logits[152063] = 14.0f;
+  for (const int64_t id : {5, 5 + 32 * 4096})
+    problem.logits[152064 + id] = 14.0f;  // the first wins
   problem.lay_out(DType::kBFloat16, 0, 0);
   const Result result = run_cuda(problem);
   for (int64_t row = 0; row < 2; ++row) {
@@ -345,6 +347,51 @@ TEST(top_p_cuts_ties_by_id_where_the_list_is_too_short) {
       check_agrees(problem);
     }
   }
+}
+
+TEST(a_prefix_ends_exactly_where_it_reaches_its_goal) {
+  for (const int64_t vocab : {8, 8192}) {  // sums of powers of two: half is half
+    Problem problem(1, vocab, {1});
+    problem.top_p = {0.5f};
+    problem.rule = UnmaskRule::kProbability;
+    problem.lay_out(DType::kFloat32, 0, 0);
+    const Result result = run_cuda(problem);
+    CHECK_EQ(result.confidence[0], 2.0f / static_cast<float>(vocab));
+  }
+  for (int32_t top_k = 4996; top_k < 5004; ++top_k) {  // the last of a bin, too
+    Problem problem(1, 8192, {1});
+    std::iota(problem.logits.begin(), problem.logits.end(), 0.0f);
+    problem.temperature = {8192.0f};
+    problem.top_k = {top_k};
+    problem.lay_out(DType::kFloat32, 0, 0);
+    check_agrees(problem);
+  }
+}
+
+TEST(mass_is_counted_exactly) {
+  constexpr int64_t kVocab = 60001;
+  constexpr float kTopP = 0.5f, kLogit = -0.9f;
+  Problem problem(1, kVocab, {1});
+  std::fill(problem.logits.begin(), problem.logits.end(), kLogit);
+  problem.logits[777] = 0.0f;
+  problem.top_p = {kTopP};
+  problem.rule = UnmaskRule::kProbability;
+  problem.lay_out(DType::kFloat32, 0, 0);
+  const double weight = pdiff::cuda::exp2_fast(kLogit * 1.44269504f);
+  const double num = std::ceil((kTopP * (1.0 + (kVocab - 1) * weight) - 1.0) / weight);
+  const double actual = (1.0 / run_cuda(problem).confidence[0] - 1.0) / weight;
+  CHECK_NEAR(actual, num, 1.01);
+}
+
+TEST(a_banned_token_is_never_drawn) {
+  Problem problem(1, 5000, {1});
+  problem.temperature = {1.0f};
+  for (int64_t id = 0; id < 5000; id += 4) {
+    problem.logits[id] = 30.0f;
+    problem.banned.push_back(id);
+  }
+  problem.lay_out(DType::kBFloat16, 0, 0);
+  check_agrees(problem);
 }
 
 TEST(bins_are_narrowed_until_the_end_of_the_prefix_is_found) {

@@ -12,7 +12,8 @@
 
 namespace pdiff::cuda::unmasking {
 
-inline constexpr int kBins = 2048, kListCapacity = 4096, kMaxFinishWarps = 16;
+inline constexpr int kBins = 2048, kListCapacity = 4096, kMaxWantedLanes = 1024;
+inline constexpr int kFilterWarps = 8;
 
 /// Unsigned numbers in the order of floats; -0 equals 0.
 __device__ __forceinline__ uint32_t ordered_bits(float x) {
@@ -53,10 +54,11 @@ struct FilterShared {
     } bins;
     uint64_t list[kListCapacity];
   };
-  KeptScore of_warps[kMaxFinishWarps];
+  uint32_t wanted_lanes[kMaxWantedLanes];  // segment * 32 + lane
+  KeptScore of_warps[kFilterWarps];
   Prefix kept;  // before the bin
   int32_t bin;  // -1: the goal is not reached
-  uint32_t num, lowest, largest, end;
+  uint32_t num, num_wanted, lowest, largest, end;
 };
 
 /// Lane l goes through bins 64 l .. 64 l + 63, in 32 different banks at a time.
@@ -138,7 +140,7 @@ class RowFilter {
 
   __device__ KeptScore run() {
     raise_bound_by_lanes();
-    if (list_tokens([&](float logit, int32_t) { return logit >= bound_; })) {
+    if (list_all_tokens()) {
       sort_list();
       find_end_in_list({0, 0});
       return score_list();
@@ -151,36 +153,40 @@ class RowFilter {
     return static_cast<uint64_t>(exp2_fast(shifted(logit, max_, settings_.scale)) * mass_unit_);
   }
 
-  // visit(logits of a vector, where it is) for what lanes with a logit >= bound hold, until a lane
-  // of the warp stops.
+  // visit(logits of a vector, where it is) for what lanes with a logit >= bound hold.
   template <typename Visit>
-  __device__ __forceinline__ void for_each_vector(float bound, const bool& stops,
-                                                  const Visit& visit) {
+  __device__ __forceinline__ void for_each_vector(float bound, const Visit& visit) {
     const int lane = thread_ % kWarpSize, num_warps = num_threads_ / kWarpSize;
     const int64_t num_chunks = int64_t{segments_} * Reader::kChunks;
-    for (int64_t i = thread_ / kWarpSize; i < num_chunks; i += num_warps) {
+    const auto lane_max = [&](int64_t chunk) {
+      return chunk < num_chunks ? lane_max_[chunk / Reader::kChunks * kWarpSize + lane] : -kInf;
+    };
+    int64_t i = thread_ / kWarpSize;
+    float largest = lane_max(i);
+    for (; i < num_chunks; i += num_warps) {
       const auto segment = static_cast<int32_t>(i / Reader::kChunks);
       const int chunk = static_cast<int>(i % Reader::kChunks);
-      const bool wanted = lane_max_[int64_t{segment} * kWarpSize + lane] >= bound;
+      const bool wanted = largest >= bound;
+      largest = lane_max(i + num_warps);
       if (!__any_sync(kAllLanes, wanted)) continue;
       uint4 x[kSlots];
       reader_.load(x, segment, chunk, wanted);
       reader_.open(segment);
       reader_.ban(x, chunk);
-#pragma unroll
+#pragma unroll 1  // the vectors move through x[0], or the code would be four times as long
       for (int slot = 0; slot < kSlots; ++slot) {
         float v[kPerVector<T>];
-        unpack<T>(x[slot], v);
+        unpack<T>(x[0], v);
         visit(v, segment, chunk, slot);
+#pragma unroll
+        for (int next = 1; next < kSlots; ++next) x[next - 1] = x[next];
       }
-      if (__any_sync(kAllLanes, stops)) break;
     }
   }
 
   template <typename Visit>
-  __device__ __forceinline__ void for_each_token(float bound, const bool& stops,
-                                                 const Visit& visit) {
-    for_each_vector(bound, stops, [&](const auto& v, int32_t segment, int chunk, int slot) {
+  __device__ __forceinline__ void for_each_token(float bound, const Visit& visit) {
+    for_each_vector(bound, [&](const auto& v, int32_t segment, int chunk, int slot) {
       const int32_t first_id = segment * kSegment + reader_.element(chunk, slot);
 #pragma unroll
       for (int i = 0; i < kPerVector<T>; ++i) visit(v[i], first_id + i);
@@ -201,17 +207,66 @@ class RowFilter {
     __syncthreads();
   }
 
-  // Lists the tokens that are chosen; false if they are too many.
+  __device__ __forceinline__ void append(float logit, int32_t id) {
+    const uint32_t at = atomicAdd(&shared_.num, 1u);
+    if (at < kListCapacity) shared_.list[at] = token_key(logit, id);
+  }
+
+  // Lists every token that could be kept; false if they are too many. All threads share the few
+  // lanes that hold one: whatever the row's length, two loads after another.
+  __device__ bool list_all_tokens() {
+    constexpr int kVectors = kSegment / kWarpSize / kPerVector<T>, kTogether = 4;
+    if (thread_ == 0) shared_.num = shared_.num_wanted = 0;
+    __syncthreads();
+    const int64_t num_lanes = int64_t{segments_} * kWarpSize;
+    for (int64_t i = thread_; i < num_lanes; i += num_threads_) {
+      if (lane_max_[i] < bound_) continue;
+      const uint32_t at = atomicAdd(&shared_.num_wanted, 1u);
+      if (at >= kMaxWantedLanes) break;
+      shared_.wanted_lanes[at] = static_cast<uint32_t>(i);
+    }
+    __syncthreads();
+    const int num_wanted = static_cast<int>(shared_.num_wanted);
+    if (num_wanted > kMaxWantedLanes) return false;
+    const int num_vectors = num_wanted * kVectors;
+    for (int begin = thread_; begin < num_vectors; begin += kTogether * num_threads_) {
+      uint4 x[kTogether];
+      int32_t first_id[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int item = begin + i * num_threads_;
+        const bool is_valid = item < num_vectors;
+        const uint32_t wanted = is_valid ? shared_.wanted_lanes[item % num_wanted] : 0;
+        const auto segment = static_cast<int32_t>(wanted / kWarpSize);
+        const int at = reader_.element_of(item / num_wanted, static_cast<int>(wanted % kWarpSize));
+        first_id[i] = segment * kSegment + at;
+        x[i] = reader_.load_vector(segment, at, is_valid);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        float v[kPerVector<T>];
+        unpack<T>(x[i], v);
+        uint32_t chosen = 0;
+#pragma unroll
+        for (int j = 0; j < kPerVector<T>; ++j) chosen |= v[j] >= bound_ ? 1u << j : 0u;
+#pragma unroll 1
+        for (; chosen != 0; chosen &= chosen - 1) {
+          const int32_t id = first_id[i] + __ffs(static_cast<int>(chosen)) - 1;
+          if (!reader_.is_banned(id)) append(reader_.logit(id), id);
+        }
+      }
+    }
+    __syncthreads();
+    return shared_.num <= kListCapacity;
+  }
+
+  // Lists the tokens of a window that are chosen; false if they are too many.
   template <typename IsChosen>
-  __device__ bool list_tokens(const IsChosen& is_chosen) {
+  __device__ bool list_tokens(const Window& window, const IsChosen& is_chosen) {
     if (thread_ == 0) shared_.num = 0;
     __syncthreads();
-    bool is_full = false;
-    for_each_token(bound_, is_full, [&](float logit, int32_t id) {
-      if (!is_chosen(logit, id)) return;
-      const uint32_t at = atomicAdd(&shared_.num, 1u);
-      is_full = at >= kListCapacity;
-      if (!is_full) shared_.list[at] = token_key(logit, id);
+    for_each_token(window.lo, [&](float logit, int32_t id) {
+      if (is_chosen(logit, id)) append(logit, id);
     });
     __syncthreads();
     return shared_.num <= kListCapacity;
@@ -293,7 +348,7 @@ class RowFilter {
       const auto is_in_bin = [&](float logit, int32_t id) {
         return window.has(logit, id) && cut.bin_of(logit, id) == bin;
       };
-      if (list_tokens(is_in_bin)) {
+      if (list_tokens(window, is_in_bin)) {
         sort_list();
         find_end_in_list(before);
         return shared_.list[shared_.end - 1];
@@ -314,7 +369,7 @@ class RowFilter {
       shared_.bins.num[i] = shared_.bins.mass_low[i] = shared_.bins.mass_high[i] = 0;
     }
     __syncthreads();
-    for_each_token(window.lo, false, [&](float logit, int32_t id) {
+    for_each_token(window.lo, [&](float logit, int32_t id) {
       if (!window.has(logit, id)) return;
       const int slot = bin_slot(cut.bin_of(logit, id));
       atomicAdd(&shared_.bins.num[slot], 1u);
@@ -379,7 +434,7 @@ class RowFilter {
     if (thread_ == 0) shared_.lowest = ~0u, shared_.largest = 0;
     __syncthreads();
     uint32_t lowest = ~0u, largest = 0;
-    for_each_token(window.lo, false, [&](float logit, int32_t id) {
+    for_each_token(window.lo, [&](float logit, int32_t id) {
       if (!is_chosen(logit, id)) return;
       lowest = min(lowest, ordered_bits(logit));
       largest = max(largest, ordered_bits(logit));
@@ -418,36 +473,35 @@ class RowFilter {
     Sampler sampler(settings_);
     sampler.set_max(max_);
     uint32_t candidates = 0;
-    for_each_vector(
-        logit_of(last), false, [&](const auto& v, int32_t segment, int chunk, int slot) {
-          const int32_t first_id = segment * kSegment + reader_.element(chunk, slot);
-          float e[kPerVector<T>], sum = 0.0f, weighted = 0.0f;
+    for_each_vector(logit_of(last), [&](const auto& v, int32_t segment, int chunk, int slot) {
+      const int32_t first_id = segment * kSegment + reader_.element(chunk, slot);
+      float e[kPerVector<T>], sum = 0.0f, weighted = 0.0f;
 #pragma unroll
-          for (int i = 0; i < kPerVector<T>; ++i) {
-            const bool is_kept = token_key(v[i], first_id + i) <= last;
-            const float d = shifted(v[i], max_, settings_.scale);
-            e[i] = is_kept ? exp2_fast(d) : 0.0f;
-            sum += e[i];
-            weighted = fmaf(d, e[i], weighted);
-            kept.num += is_kept;
-          }
-          kept.sum += sum;
-          kept.weighted += weighted;
-          if (!settings_.draws) return;
-          if (slot == 0) candidates = 0;
+      for (int i = 0; i < kPerVector<T>; ++i) {
+        const bool is_kept = token_key(v[i], first_id + i) <= last;
+        const float d = shifted(v[i], max_, settings_.scale);
+        e[i] = is_kept ? exp2_fast(d) : 0.0f;
+        sum += e[i];
+        weighted = fmaf(d, e[i], weighted);
+        kept.num += is_kept;
+      }
+      kept.sum += sum;
+      kept.weighted += weighted;
+      if (!settings_.draws) return;
+      if (slot == 0) candidates = 0;
 #pragma unroll
-          for (int i = 0; i < kPerVector<T>; i += 4) {
-            candidates |= sampler.candidates(e + i, first_id + i) << (slot * kPerVector<T> + i);
-          }
-          if (slot != kSlots - 1) return;
-          sampler.settle(
-              candidates,
-              [&](int bit) { return segment * kSegment + reader_.element_of_bit(chunk, bit); },
-              [&](int32_t id) {
-                const float logit = reader_.logit(segment, id);
-                return token_key(logit, id) <= last ? logit : -kInf;
-              });
-        });
+      for (int i = 0; i < kPerVector<T>; i += 4) {
+        candidates |= sampler.candidates(e + i, first_id + i) << (slot * kPerVector<T> + i);
+      }
+      if (slot != kSlots - 1) return;
+      sampler.settle(
+          candidates,
+          [&](int bit) { return segment * kSegment + reader_.element_of_bit(chunk, bit); },
+          [&](int32_t id) {
+            const float logit = reader_.logit_in(segment, id);
+            return token_key(logit, id) <= last ? logit : -kInf;
+          });
+    });
     kept.draw = sampler.take();
     return join_warps(kept);
   }

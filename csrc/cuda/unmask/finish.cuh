@@ -98,7 +98,7 @@ __device__ __forceinline__ void find_largest(RowReader<T>& reader, const RowScor
 }
 
 template <typename T, bool kFilters>
-__global__ void __launch_bounds__((kFilters ? kMaxFinishWarps : kFinishWarps) * kWarpSize)
+__global__ void __launch_bounds__((kFilters ? kFilterWarps : kFinishWarps) * kWarpSize)
     finish_rows_kernel(const __grid_constant__ UnmaskParams p,
                        const __grid_constant__ Workspace workspace) {
   auto& shared = *reinterpret_cast<FinishShared*>(shared_memory());

@@ -93,10 +93,9 @@ void finish_rows(const UnmaskParams& p, const Workspace& workspace, const CudaQu
   const bool filters = may_filter(p);
   const int64_t chunks = int64_t{num_segments(p.vocab_size)} * RowReader<T>::kChunks;
   const int num_warps =
-      filters
-          ? static_cast<int>(std::min<int64_t>(
-                kMaxFinishWarps, (p.vocab_size + RowReader<T>::kChunk - 1) / RowReader<T>::kChunk))
-          : std::min<int>(kFinishWarps, static_cast<int>(chunks));
+      filters ? static_cast<int>(std::min<int64_t>(
+                    kFilterWarps, (p.vocab_size + RowReader<T>::kChunk - 1) / RowReader<T>::kChunk))
+              : std::min<int>(kFinishWarps, static_cast<int>(chunks));
   const LaunchShape shape{
       .name = "unmask: finish_rows",
       .num_blocks = p.num_rows,

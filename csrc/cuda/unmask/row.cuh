@@ -102,9 +102,12 @@ class RowReader {
         lane_(static_cast<int>(threadIdx.x) % kWarpSize),
         is_aligned_(reinterpret_cast<uintptr_t>(row_) % 16 == 0) {}
 
-  /// Index of a vector's first element in its segment.
+  /// Index of a vector's first element in its segment; vectors of a lane count through its chunks.
+  __device__ __forceinline__ static int element_of(int vector, int lane) {
+    return (vector * kWarpSize + lane) * kPerVector<T>;
+  }
   __device__ __forceinline__ int element(int chunk, int slot) const {
-    return ((chunk * kSlots + slot) * kWarpSize + lane_) * kPerVector<T>;
+    return element_of(chunk * kSlots + slot, lane_);
   }
 
   /// The same for each element of a lane's chunk, numbered slot * kPerVector + i.
@@ -112,11 +115,28 @@ class RowReader {
     return element(chunk, bit / kPerVector<T>) + bit % kPerVector<T>;
   }
 
-  /// One logit of the open segment.
-  __device__ __forceinline__ float logit(int32_t segment, int32_t id) const {
+  /// One logit, bans not applied.
+  __device__ __forceinline__ float logit(int32_t id) const { return to_float(row_[id]); }
+
+  /// One logit of the open segment; -inf if it is banned or past the row's end.
+  __device__ __forceinline__ float logit_in(int32_t segment, int32_t id) const {
     const int at = id - segment * kSegment;
     const bool is_banned = has_bans_ && (ban_bits_[at / 32] >> at % 32 & 1) != 0;
-    return id < vocab_size_ && !is_banned ? to_float(row_[id]) : -kInf;
+    return id < vocab_size_ && !is_banned ? logit(id) : -kInf;
+  }
+
+  /// Whether an id is banned, in whichever segment; for few ids.
+  __device__ __forceinline__ bool is_banned(int32_t id) const {
+    bool found = false;
+    for (int64_t i = 0; i < num_banned_; ++i) found |= banned_ids_[i] == id;
+    return found;
+  }
+
+  /// Any vector of the row, bans not applied.
+  __device__ __forceinline__ uint4 load_vector(int32_t segment, int element, bool wanted) const {
+    const int64_t at = int64_t{segment} * kSegment + element;
+    const auto left = static_cast<int>(min(vocab_size_ - at, int64_t{kSegment}));
+    return load_edge(row_ + at, wanted ? left : 0);
   }
 
   /// Loads a chunk, bans not applied; -inf for a lane that does not want it.

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarpSize, kDraws ? 4 : 8)
     const auto settle = [&](uint32_t bits, int chunk) {
       sampler.settle(
           bits, [&](int bit) { return segment * kSegment + reader.element_of_bit(chunk, bit); },
-          [&](int32_t id) { return reader.logit(segment, id); });
+          [&](int32_t id) { return reader.logit_in(segment, id); });
     };
     LaneScore score;
 #pragma unroll(kDraws ? 1 : 2)
