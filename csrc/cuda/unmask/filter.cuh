@@ -489,10 +489,7 @@ class RowFilter {
       kept.weighted += weighted;
       if (!settings_.draws) return;
       if (slot == 0) candidates = 0;
-#pragma unroll
-      for (int i = 0; i < kPerVector<T>; i += 4) {
-        candidates |= sampler.candidates(e + i, first_id + i) << (slot * kPerVector<T> + i);
-      }
+      candidates |= sampler.candidates(e, first_id) << (slot * kPerVector<T>);
       if (slot != kSlots - 1) return;
       sampler.settle(
           candidates,

@@ -51,14 +51,22 @@ class Sampler {
     update_limit();
   }
 
-  /// Of four tokens with 2^d = e and ids from `first_id`, a multiple of 4: those that may win.
-  __device__ __forceinline__ uint32_t candidates(const float* e, int32_t first_id) const {
-    const float largest = fmaxf(fmaxf(e[0], e[1]), fmaxf(e[2], e[3]));
+  /// Of kNum tokens with 2^d = e and ids from `first_id`, a multiple of 4: those that may win. More
+  /// than four together share the generator's round keys.
+  template <int kNum>
+  __device__ __forceinline__ uint32_t candidates(const float (&e)[kNum], int32_t first_id) const {
+    float largest = e[0];
+#pragma unroll
+    for (int i = 1; i < kNum; ++i) largest = fmaxf(largest, e[i]);
     if (!__any_sync(kAllLanes, !(largest * limit_ < 0.49f))) return 0;  // not even with word 0
-    const Philox4x32<uint32_t> words = random_words(stream_, static_cast<uint32_t>(first_id) / 4);
     uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) bits |= can_win(words.word[i], e[i]) ? 1u << i : 0u;
+    for (int i = 0; i < kNum; i += 4) {
+      const Philox4x32<uint32_t> words =
+          random_words(stream_, static_cast<uint32_t>(first_id + i) / 4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) bits |= can_win(words.word[j], e[i + j]) ? 1u << (i + j) : 0u;
+    }
     return bits;
   }
 

@@ -111,10 +111,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarpSize, kDraws ? 4 : 8)
         }
         if (draws) {
           const int32_t first_id = segment * kSegment + reader.element(chunk, slot);
-#pragma unroll
-          for (int i = 0; i < kPerVector<T>; i += 4) {
-            candidates |= sampler.candidates(e + i, first_id + i) << (slot * kPerVector<T> + i);
-          }
+          candidates |= sampler.candidates(e, first_id) << (slot * kPerVector<T>);
         }
       }
       if (draws) settle(candidates, chunk);
