@@ -1,91 +1,63 @@
 #include "pdiff/c_api.h"
 
-#include <cmath>
-#include <exception>
-#include <memory>
-#include <new>
-#include <string>
-#include <utility>
 #include <vector>
 
+#include "capi/support.h"
 #include "pdiff/attention_plan.h"
 #include "pdiff/device.h"
-#include "pdiff/dtype.h"
-#include "pdiff/error.h"
 #include "pdiff/hybrid_attention.h"
 #include "pdiff/isa.h"
 #include "pdiff/span_layout.h"
 #include "pdiff/unmask.h"
 
-struct pdiff_span_layout {
-  pdiff::SpanLayout layout;
-};
+using namespace pdiff::capi;
 
-struct pdiff_attention_plan {
-  pdiff::AttentionPlan plan;
-};
-
-namespace {
-
-std::string& last_error() {
-  thread_local std::string message;
-  return message;
+pdiff::UnmaskParams pdiff::capi::unmask_params(const pdiff_unmask_args& a) {
+  check_count(a.total_tokens, "total_tokens");
+  check_count(a.num_rows, "num_rows");
+  check_count(a.num_spans, "num_spans");
+  check_count(a.num_banned, "num_banned");
+  check_count(a.num_threads, "num_threads");
+  check_pointer(a.token_ids, "token_ids", a.num_rows);
+  check_pointer(a.logits, "logits", a.num_rows);
+  check_pointer(a.row_position, "row_position", a.num_rows);
+  check_pointer(a.cu_rows_span, "cu_rows_span");
+  check_pointer(a.num_unmask, "num_unmask", a.num_spans);
+  check_pointer(a.banned_ids, "banned_ids", a.num_banned);
+  check_pointer(a.confidence, "confidence", a.num_rows);
+  check_pointer(a.candidate, "candidate", a.num_rows);
+  check_pointer(a.is_nan, "is_nan", a.num_rows);
+  check_pointer(a.is_written, "is_written", a.num_rows);
+  PDIFF_CHECK(a.rule >= PDIFF_RULE_ENTROPY && a.rule <= PDIFF_RULE_THRESHOLD,
+              "rule: expected PDIFF_RULE_ENTROPY to PDIFF_RULE_THRESHOLD, got ", a.rule);
+  return {.token_ids = a.token_ids,
+          .logits = a.logits,
+          .row_position = a.row_position,
+          .cu_rows_span = a.cu_rows_span,
+          .num_unmask = a.num_unmask,
+          .banned_ids = a.banned_ids,
+          .seeds = a.seeds,
+          .random_position = a.random_position,
+          .confidence = a.confidence,
+          .candidate = a.candidate,
+          .is_nan = a.is_nan,
+          .is_written = a.is_written,
+          .logits_dtype = dtype_of(a.logits_dtype, "logits_dtype"),
+          .logits_stride = stride_or(a.logits_stride, a.vocab_size, "logits_stride"),
+          .total_tokens = a.total_tokens,
+          .num_rows = a.num_rows,
+          .num_spans = a.num_spans,
+          .vocab_size = a.vocab_size,
+          .num_banned = a.num_banned,
+          .rule = static_cast<pdiff::UnmaskRule>(a.rule),
+          .temperature = {a.temperature_per_span, a.temperature},
+          .top_p = {a.top_p_per_span, a.top_p == 0.0f ? 1.0f : a.top_p},
+          .top_k = {a.top_k_per_span, a.top_k},
+          .alg_temp = {a.alg_temp_per_span, a.alg_temp},
+          .threshold = {a.threshold_per_span, a.threshold},
+          .step_idx = {a.step_idx_per_span, a.step_idx},
+          .num_threads = a.num_threads == 0 ? 1 : a.num_threads};
 }
-
-pdiff_status fail(pdiff_status status, const char* message) noexcept {
-  try {
-    last_error() = message;
-  } catch (...) {  // no memory even for the message: the status still says it
-  }
-  return status;
-}
-
-// Run `body` and turn what it throws into a status.
-template <typename Body>
-pdiff_status guarded(Body&& body) noexcept {
-  try {
-    body();
-    return PDIFF_OK;
-  } catch (const pdiff::Error& error) {
-    return fail(PDIFF_INVALID_ARGUMENT, error.what());
-  } catch (const std::bad_alloc&) {
-    return fail(PDIFF_OUT_OF_MEMORY, "out of memory");
-  } catch (const std::exception& error) {
-    return fail(PDIFF_INTERNAL_ERROR, error.what());
-  } catch (...) {
-    return fail(PDIFF_INTERNAL_ERROR, "unknown exception");
-  }
-}
-
-void check_pointer(const void* pointer, const char* name, int64_t num_elements = 1) {
-  PDIFF_CHECK(pointer != nullptr || num_elements == 0, name, ": expected a pointer, got NULL");
-}
-
-// Enums arrive as int32_t: C lets any number through.
-pdiff::DType dtype_of(int32_t dtype, const char* name) {
-  PDIFF_CHECK(dtype == PDIFF_FLOAT32 || dtype == PDIFF_BFLOAT16, name,
-              ": expected PDIFF_FLOAT32 or PDIFF_BFLOAT16, got ", dtype);
-  return static_cast<pdiff::DType>(dtype);
-}
-
-void check_count(int64_t count, const char* name) {
-  PDIFF_CHECK(count >= 0, name, ": expected >= 0, got ", count);
-}
-
-// Make a handle and hand it over only when nothing threw.
-template <typename Handle, typename Value>
-void hand_over(Value&& value, Handle** handle) {
-  *handle = std::make_unique<Handle>(Handle{std::forward<Value>(value)}).release();
-}
-
-// A stride of 0 means contiguous; a smaller one than that would let tokens overlap.
-int64_t stride_or(int64_t stride, int64_t contiguous, const char* name) {
-  PDIFF_CHECK(stride == 0 || stride >= contiguous, name, ": expected 0 or at least ", contiguous,
-              ", got ", stride);
-  return stride == 0 ? contiguous : stride;
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -175,13 +147,17 @@ pdiff_status pdiff_attention_plan_create(const pdiff_span_layout* const* layouts
       PDIFF_CHECK(layouts[i] != nullptr, "layouts[", i, "]: expected a layout, got NULL");
       pointers.push_back(&layouts[i]->layout);
     }
-    hand_over(pdiff::AttentionPlan(pointers, {.num_heads_q = options->num_heads_q,
-                                              .num_heads_kv = options->num_heads_kv,
-                                              .head_dim = options->head_dim,
-                                              .page_size = options->page_size,
-                                              .page_table = options->page_table,
-                                              .max_pages = options->max_pages}),
-              plan);
+    hand_over(
+        pdiff::AttentionPlan(pointers, {.num_heads_q = options->num_heads_q,
+                                        .num_heads_kv = options->num_heads_kv,
+                                        .head_dim = options->head_dim,
+                                        .schedule = options->for_gpu != 0 ? pdiff::Schedule::kGpu
+                                                                          : pdiff::Schedule::kCpu,
+                                        .split_keys = options->whole_keys == 0,
+                                        .page_size = options->page_size,
+                                        .page_table = options->page_table,
+                                        .max_pages = options->max_pages}),
+        plan);
   });
 }
 
@@ -195,6 +171,14 @@ int64_t pdiff_attention_plan_total_kv(const pdiff_attention_plan* plan) {
   return plan->plan.header().total_kv;
 }
 
+const int32_t* pdiff_attention_plan_words(const pdiff_attention_plan* plan) {
+  return plan->plan.words();
+}
+
+int64_t pdiff_attention_plan_num_words(const pdiff_attention_plan* plan) {
+  return plan->plan.num_words();
+}
+
 pdiff_status pdiff_cpu_hybrid_attention(const pdiff_attention_plan* plan,
                                         const pdiff_hybrid_attention_args* args) {
   return guarded([&] {
@@ -202,82 +186,29 @@ pdiff_status pdiff_cpu_hybrid_attention(const pdiff_attention_plan* plan,
     check_pointer(args, "args");
     const pdiff::PlanView view = pdiff::view_plan(plan->plan.words(), plan->plan.num_words());
     const pdiff::PlanHeader& h = view.header;
-    const int64_t row_q = int64_t{h.num_heads_q} * h.head_dim;
-    const int64_t row_kv = int64_t{h.num_heads_kv} * h.head_dim;
-    check_pointer(args->q, "q", h.total_q);
-    check_pointer(args->out, "out", h.total_q);
-    check_pointer(args->k, "k", h.total_kv);
-    check_pointer(args->v, "v", h.total_kv);
+    const AttentionStrides strides = checked_strides(*args, h);
     check_count(args->num_threads, "num_threads");
-    const int64_t k_stride = stride_or(args->k_stride, row_kv, "k_stride");
-    const int64_t v_stride = stride_or(args->v_stride, row_kv, "v_stride");
-    const float default_scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
-    pdiff::hybrid_attention(
-        {.plan = view,
-         .dtype = dtype_of(args->dtype, "dtype"),
-         .q = args->q,
-         .k = args->k,
-         .v = args->v,
-         .out = args->out,
-         .lse = args->lse,
-         .q_stride = stride_or(args->q_stride, row_q, "q_stride"),
-         .k_stride = k_stride,
-         .v_stride = v_stride,
-         .k_page_stride = stride_or(args->k_page_stride, h.page_size * k_stride, "k_page_stride"),
-         .v_page_stride = stride_or(args->v_page_stride, h.page_size * v_stride, "v_page_stride"),
-         .softmax_scale = args->softmax_scale == 0.0f ? default_scale : args->softmax_scale,
-         .num_threads = args->num_threads == 0 ? 1 : args->num_threads});
+    pdiff::hybrid_attention({.plan = view,
+                             .dtype = dtype_of(args->dtype, "dtype"),
+                             .q = args->q,
+                             .k = args->k,
+                             .v = args->v,
+                             .out = args->out,
+                             .lse = args->lse,
+                             .q_stride = strides.q,
+                             .k_stride = strides.k,
+                             .v_stride = strides.v,
+                             .k_page_stride = strides.k_page,
+                             .v_page_stride = strides.v_page,
+                             .softmax_scale = scale_or_default(args->softmax_scale, h.head_dim),
+                             .num_threads = args->num_threads == 0 ? 1 : args->num_threads});
   });
 }
 
 pdiff_status pdiff_cpu_unmask(const pdiff_unmask_args* args) {
   return guarded([&] {
     check_pointer(args, "args");
-    const pdiff_unmask_args& a = *args;
-    check_count(a.total_tokens, "total_tokens");
-    check_count(a.num_rows, "num_rows");
-    check_count(a.num_spans, "num_spans");
-    check_count(a.num_banned, "num_banned");
-    check_count(a.num_threads, "num_threads");
-    check_pointer(a.token_ids, "token_ids", a.num_rows);
-    check_pointer(a.logits, "logits", a.num_rows);
-    check_pointer(a.row_position, "row_position", a.num_rows);
-    check_pointer(a.cu_rows_span, "cu_rows_span");
-    check_pointer(a.num_unmask, "num_unmask", a.num_spans);
-    check_pointer(a.banned_ids, "banned_ids", a.num_banned);
-    check_pointer(a.confidence, "confidence", a.num_rows);
-    check_pointer(a.candidate, "candidate", a.num_rows);
-    check_pointer(a.is_nan, "is_nan", a.num_rows);
-    check_pointer(a.is_written, "is_written", a.num_rows);
-    PDIFF_CHECK(a.rule >= PDIFF_RULE_ENTROPY && a.rule <= PDIFF_RULE_THRESHOLD,
-                "rule: expected PDIFF_RULE_ENTROPY to PDIFF_RULE_THRESHOLD, got ", a.rule);
-    pdiff::cpu::unmask({.token_ids = a.token_ids,
-                        .logits = a.logits,
-                        .row_position = a.row_position,
-                        .cu_rows_span = a.cu_rows_span,
-                        .num_unmask = a.num_unmask,
-                        .banned_ids = a.banned_ids,
-                        .seeds = a.seeds,
-                        .random_position = a.random_position,
-                        .confidence = a.confidence,
-                        .candidate = a.candidate,
-                        .is_nan = a.is_nan,
-                        .is_written = a.is_written,
-                        .logits_dtype = dtype_of(a.logits_dtype, "logits_dtype"),
-                        .logits_stride = stride_or(a.logits_stride, a.vocab_size, "logits_stride"),
-                        .total_tokens = a.total_tokens,
-                        .num_rows = a.num_rows,
-                        .num_spans = a.num_spans,
-                        .vocab_size = a.vocab_size,
-                        .num_banned = a.num_banned,
-                        .rule = static_cast<pdiff::UnmaskRule>(a.rule),
-                        .temperature = {a.temperature_per_span, a.temperature},
-                        .top_p = {a.top_p_per_span, a.top_p == 0.0f ? 1.0f : a.top_p},
-                        .top_k = {a.top_k_per_span, a.top_k},
-                        .alg_temp = {a.alg_temp_per_span, a.alg_temp},
-                        .threshold = {a.threshold_per_span, a.threshold},
-                        .step_idx = {a.step_idx_per_span, a.step_idx},
-                        .num_threads = a.num_threads == 0 ? 1 : a.num_threads});
+    pdiff::cpu::unmask(unmask_params(*args));
   });
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "cpu/dtype.h"
 #include "pdiff/error.h"
 #include "pdiff/isa.h"
 
@@ -66,8 +67,7 @@ const cpu::HybridAttentionBackward& backward_kernel([[maybe_unused]] DType dtype
 void check_plan(const PlanHeader& plan, DType dtype) {
   PDIFF_CHECK(plan.schedule == static_cast<int32_t>(Schedule::kCpu),
               "plan: expected one packed for the CPU, got one for a GPU");
-  PDIFF_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16,
-              "dtype: expected 0 (float32) or 1 (bfloat16), got ", static_cast<int32_t>(dtype));
+  cpu::check_dtype("dtype", dtype);
 }
 
 void check_tensors(const PlanHeader& plan, const void* q, const void* k, const void* v,

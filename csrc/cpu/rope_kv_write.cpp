@@ -1,12 +1,14 @@
 #include "cpu/rope_kv_write.h"
 
 #include "common/positions.h"
+#include "cpu/dtype.h"
 #include "pdiff/error.h"
 
 namespace pdiff::cpu {
 
 void rope_kv_write(const RopeKvWriteParams& params) {
   const RopeKvWriteParams& p = params;
+  check_dtype("dtype", p.dtype);
   PDIFF_CHECK(p.head_dim > 0 && p.head_dim % 2 == 0, "head_dim: expected an even number, got ",
               p.head_dim);
   for (int64_t row = 0; row < p.num_rows; ++row) {

@@ -7,6 +7,7 @@
 
 #include "common/gumbel.h"
 #include "common/select.h"
+#include "cpu/dtype.h"
 #include "cpu/unmask_rows.h"
 #include "pdiff/error.h"
 
@@ -14,6 +15,7 @@ namespace pdiff::cpu {
 namespace {
 
 void check(const UnmaskParams& p) {
+  check_dtype("logits_dtype", p.logits_dtype);
   PDIFF_CHECK(p.num_rows >= 0, "num_rows: expected >= 0, got ", p.num_rows);
   PDIFF_CHECK(p.vocab_size > 0 && p.vocab_size < INT32_MAX - kUnmaskPad,
               "logits: expected 1 to 2^31 columns, got ", p.vocab_size);

@@ -2,12 +2,14 @@
 
 #include <vector>
 
+#include "cpu/dtype.h"
 #include "pdiff/error.h"
 
 namespace pdiff::cpu {
 namespace {
 
 void check(const WeightedCrossEntropyParams& p) {
+  check_dtype("dtype", p.dtype);
   PDIFF_CHECK(p.vocab_size > 0 && p.vocab_size < INT32_MAX,
               "logits: expected 1 to 2^31 columns, got ", p.vocab_size);
   for (int64_t row = 0; row < p.num_rows; ++row) {

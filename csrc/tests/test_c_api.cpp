@@ -87,7 +87,9 @@ TEST(attention_checks_its_arguments_and_gives_the_mean_of_equal_keys) {
                                              .head_dim = 16,
                                              .page_size = 0,
                                              .page_table = nullptr,
-                                             .max_pages = 0};
+                                             .max_pages = 0,
+                                             .for_gpu = 0,
+                                             .whole_keys = 0};
   pdiff_attention_plan* plan = nullptr;
   CHECK_EQ(pdiff_attention_plan_create(layouts, 2, &options, &plan), PDIFF_INVALID_ARGUMENT);
   CHECK(error_mentions("layouts[1]: expected a layout, got NULL"));
@@ -159,6 +161,102 @@ TEST(unmask_writes_the_most_certain_row_and_refuses_a_bad_one) {
   CHECK_EQ(token_ids[2], 0);
   CHECK_EQ(int{is_written[1]}, 1);
   CHECK_EQ(candidate[0], 1);
+}
+
+TEST(cpu_kernels_refuse_halves) {
+  pdiff_unmask_args args{};
+  const int32_t zero = 0;
+  args.cu_rows_span = &zero;
+  args.vocab_size = 4;
+  args.logits_dtype = PDIFF_FLOAT16;
+  CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("logits_dtype: expected 0 (float32) or 1 (bfloat16), got 2"));
+}
+
+// Equal keys: every row is the mean of the values it sees.
+TEST(attention_on_a_gpu_gives_the_mean_of_equal_keys) {
+  pdiff_span_layout* layout = layout_of({9, 9, 9});
+  const pdiff_span_layout* layouts[] = {layout};
+  pdiff_attention_plan_options options{};
+  options.num_heads_q = options.num_heads_kv = 1;
+  options.head_dim = 64;
+  options.for_gpu = 1;
+  pdiff_attention_plan* plan = nullptr;
+  CHECK_EQ(pdiff_attention_plan_create(layouts, 1, &options, &plan), PDIFF_OK);
+  pdiff_span_layout_free(layout);
+  constexpr uint16_t kOne = 0x3f80;  // in bfloat16
+  alignas(16) static uint16_t q[3 * 64], k[3 * 64], v[3 * 64], out[3 * 64];
+  for (int i = 0; i < 64; ++i) v[i] = v[128 + i] = kOne;  // the second row's value is 0
+  const int64_t num_bytes = pdiff_cuda_hybrid_attention_workspace_bytes(plan);
+  CHECK(num_bytes > 0);
+  std::vector<float> lse(3);
+  std::vector<uint64_t> workspace(2 * static_cast<size_t>(num_bytes) / 8 + 2);
+  void* aligned = workspace.data();
+  if (reinterpret_cast<uintptr_t>(aligned) % 16 != 0) aligned = workspace.data() + 1;
+  pdiff_hybrid_attention_args args{};
+  args.dtype = PDIFF_BFLOAT16;
+  args.q = q;
+  args.k = k;
+  args.v = v;
+  args.lse = lse.data();
+  const int32_t* words = pdiff_attention_plan_words(plan);
+  CHECK(pdiff_attention_plan_num_words(plan) > 0);
+#if PDIFF_WITH_CUDA
+  CHECK_EQ(pdiff_cuda_hybrid_attention(plan, words, &args, aligned, {}), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("out: expected a pointer"));
+#endif
+  args.out = out;
+#if PDIFF_EMULATE_CUDA
+  CHECK_EQ(pdiff_cuda_hybrid_attention(plan, words, &args, aligned, {}), PDIFF_OK);
+  CHECK_EQ(out[0], kOne);
+  CHECK_EQ(out[64], 0x3f00);   // 1 / 2
+  CHECK_EQ(out[128], 0x3f2b);  // 2 / 3
+  for (int row = 0; row < 3; ++row) CHECK_NEAR(lse[row], std::log(row + 1.0), 1e-5);
+#elif !PDIFF_WITH_CUDA
+  CHECK_EQ(pdiff_cuda_hybrid_attention(plan, words, &args, aligned, {}), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("built without CUDA"));
+#endif
+  pdiff_attention_plan_free(plan);
+}
+
+TEST(unmask_on_a_gpu_writes_the_most_certain_row) {
+  std::vector<int64_t> token_ids = {7, -1, -1};
+  const std::vector<float> logits = {0.0f, 0.1f, 0.0f, 0.0f, 9.0f, 0.0f, 0.0f, 0.0f};
+  const std::vector<int32_t> row_position = {1, 2}, cu_rows_span = {0, 2}, num_unmask = {1};
+  std::vector<float> confidence(2);
+  std::vector<int64_t> candidate(2);
+  std::vector<uint8_t> is_nan(2), is_written(2);
+  pdiff_unmask_args args{};
+  args.token_ids = token_ids.data();
+  args.logits = logits.data();
+  args.row_position = row_position.data();
+  args.cu_rows_span = cu_rows_span.data();
+  args.num_unmask = num_unmask.data();
+  args.confidence = confidence.data();
+  args.candidate = candidate.data();
+  args.is_nan = is_nan.data();
+  args.is_written = is_written.data();
+  args.total_tokens = 3;
+  args.num_rows = 2;
+  args.num_spans = 1;
+  args.vocab_size = 4;
+  args.rule = PDIFF_RULE_PROBABILITY;
+  const int64_t num_bytes = pdiff_cuda_unmask_workspace_bytes(&args);
+  CHECK(num_bytes > 0);
+#if PDIFF_EMULATE_CUDA || !PDIFF_WITH_CUDA
+  std::vector<uint64_t> workspace(static_cast<size_t>(num_bytes) / 8 + 3);
+  void* aligned = workspace.data();
+  if (reinterpret_cast<uintptr_t>(aligned) % 16 != 0) aligned = workspace.data() + 1;
+  const pdiff_status status = pdiff_cuda_unmask(&args, aligned, num_bytes, {});
+#if PDIFF_EMULATE_CUDA
+  CHECK_EQ(status, PDIFF_OK);
+  CHECK_EQ(token_ids[1], -1);
+  CHECK_EQ(token_ids[2], 0);
+#else
+  CHECK_EQ(status, PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("built without CUDA"));
+#endif
+#endif
 }
 
 }  // namespace

@@ -26,7 +26,8 @@ typedef enum pdiff_status {
   PDIFF_INTERNAL_ERROR = 3
 } pdiff_status;
 
-typedef enum pdiff_dtype { PDIFF_FLOAT32 = 0, PDIFF_BFLOAT16 = 1 } pdiff_dtype;
+/* CPU kernels take the first two. */
+typedef enum pdiff_dtype { PDIFF_FLOAT32 = 0, PDIFF_BFLOAT16 = 1, PDIFF_FLOAT16 = 2 } pdiff_dtype;
 
 /* ---- the library ---- */
 
@@ -45,6 +46,13 @@ pdiff_status pdiff_select_isa(const char* name);
 
 int pdiff_built_with_cuda(void);   /* 1 or 0 */
 int pdiff_cuda_device_count(void); /* 0 without a driver or in a build without CUDA */
+
+/* Where a CUDA kernel is put. The call returns at once and waits for nothing; functions that take
+ * a queue allocate nothing, so a stream that is being captured will do. */
+typedef struct pdiff_cuda_queue {
+  int32_t device_idx;
+  void* stream; /* cudaStream_t */
+} pdiff_cuda_queue;
 
 /* ---- span layout: which key each row of one sequence sees (pdiff/span_layout.h) ---- */
 
@@ -88,6 +96,8 @@ typedef struct pdiff_attention_plan_options {
   int32_t page_size;         /* 0: keys and values are packed */
   const int32_t* page_table; /* [num_layouts, max_pages], -1 past the end */
   int64_t max_pages;
+  int32_t for_gpu;    /* 1: tiles for CUDA kernels */
+  int32_t whole_keys; /* 1, GPU: no row's keys are shared out between blocks, see AttentionPlan */
 } pdiff_attention_plan_options;
 
 /* The layouts are read during the call only. */
@@ -99,6 +109,10 @@ void pdiff_attention_plan_free(pdiff_attention_plan* plan);
 
 int64_t pdiff_attention_plan_total_q(const pdiff_attention_plan* plan);
 int64_t pdiff_attention_plan_total_kv(const pdiff_attention_plan* plan);
+
+/* The plan as data, to be copied to the device as it is. */
+const int32_t* pdiff_attention_plan_words(const pdiff_attention_plan* plan);
+int64_t pdiff_attention_plan_num_words(const pdiff_attention_plan* plan);
 
 /* ---- hybrid attention (pdiff/hybrid_attention.h) ---- */
 
@@ -119,6 +133,18 @@ typedef struct pdiff_hybrid_attention_args {
 
 pdiff_status pdiff_cpu_hybrid_attention(const pdiff_attention_plan* plan,
                                         const pdiff_hybrid_attention_args* args);
+
+/* Memory of the device that a call needs beside its tensors, of any content; at least 1. */
+int64_t pdiff_cuda_hybrid_attention_workspace_bytes(const pdiff_attention_plan* plan);
+
+/* The same on a GPU: bfloat16 or float16, head_dim 64 or 128. Tensors, workspace and the words of
+ * the plan, which was made for_gpu, are in the device's memory, aligned to 16 bytes. The handle
+ * gives the sizes: in a captured graph, words of another plan of these sizes may replace its own.
+ */
+pdiff_status pdiff_cuda_hybrid_attention(const pdiff_attention_plan* plan,
+                                         const int32_t* device_words,
+                                         const pdiff_hybrid_attention_args* args, void* workspace,
+                                         pdiff_cuda_queue queue);
 
 /* ---- unmask: reveal the most certain masked tokens of each span (pdiff/unmask.h) ---- */
 
@@ -168,6 +194,14 @@ typedef struct pdiff_unmask_args {
 } pdiff_unmask_args;
 
 pdiff_status pdiff_cpu_unmask(const pdiff_unmask_args* args);
+
+/* Memory of the device that a call needs beside its tensors; at least 1. */
+int64_t pdiff_cuda_unmask_workspace_bytes(const pdiff_unmask_args* args);
+
+/* The same on a GPU, all pointers to the device's memory. A position or id out of range can not be
+ * told there: it is skipped. */
+pdiff_status pdiff_cuda_unmask(const pdiff_unmask_args* args, void* workspace,
+                               int64_t workspace_bytes, pdiff_cuda_queue queue);
 
 #ifdef __cplusplus
 }
