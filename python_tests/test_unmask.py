@@ -179,6 +179,21 @@ def test_selection_follows_the_confidences_given(rule, backend):
     assert torch.equal(token_ids, expected)
 
 
+def test_what_is_written_is_taken_off_the_masks_left(backend):
+    spans = spans_of(6, 1, 0, 300, quotas=[2, 5, 3, 100])
+    masked = int32(6, 1, 0, 300).to(backend.device)
+    logits = random_logits(307, 9)
+    _, stats = run(logits, spans, backend=backend, num_masked=masked)
+    assert masked.tolist() == [4, 0, 0, 200]
+    assert stats.is_written.sum() == 103
+    _, stats = run(
+        logits, spans, backend=backend, num_masked=masked, rule="threshold", threshold=0.9
+    )
+    written = [stats.is_written[lo:hi].sum().item() for lo, hi in ((0, 6), (6, 7), (7, 307))]
+    assert masked.tolist() == [4 - written[0], -written[1], 0, 200 - written[2]]
+    assert 1 <= written[2] < 100
+
+
 def test_lowest_id_wins_a_tie(backend):
     logits = torch.zeros(3, 9000)
     logits[0, [8000, 70, 4500]] = 2.0
@@ -533,7 +548,16 @@ def test_opcheck(dtype):
     ]
     torch.library.opcheck(
         torch.ops.pdiff.unmask_,
-        (*arguments(dtype=dtype).values(), "entropy", *settings, None, None, None, "auto"),
+        (
+            *arguments(dtype=dtype).values(),
+            "entropy",
+            *settings,
+            None,
+            None,
+            None,
+            int32(3, 4),
+            "auto",
+        ),
     )
 
 
@@ -542,9 +566,10 @@ def test_compiles_without_graph_breaks():
         logits = inputs["logits"] * 1.5
         return ops.unmask_(**{**inputs, "logits": logits}, temperature=0.7, top_p=top_p, top_k=9)
 
-    actual, expected = arguments(), arguments()
+    actual, expected = ({**arguments(), "num_masked": int32(5, 5)} for _ in range(2))
     top_p = torch.tensor([0.9, 0.5])
     stats = torch.compile(step, fullgraph=True)(actual, top_p)
     stats_eager = step(expected, top_p)
-    assert torch.equal(actual["token_ids"], expected["token_ids"])
+    for name in ("token_ids", "num_masked"):
+        assert torch.equal(actual[name], expected[name])
     assert all(torch.equal(a, b) for a, b in zip(stats, stats_eager, strict=True))

@@ -16,7 +16,8 @@ import torch
 
 POINTERS = {
     "words": "*i32", "pages": "*i32", "cu_rows_span": "*i32", "random_position": "*i32",
-    "row_position": "*i32", "num_unmask": "*i32", "ids": "*i32", "lists": "*i32", "bans": "*i32",
+    "row_position": "*i32", "num_unmask": "*i32", "num_masked": "*i32",
+    "ids": "*i32", "lists": "*i32", "bans": "*i32",
     "top_ks": "*i32", "seeds": "*i64", "positions": "*i64", "slots": "*i64", "token_ids": "*i64",
     "candidate": "*i64", "banned_ids": "*i64", "is_nan": "*u8", "is_written": "*u8",
     "lse": "*fp32", "dlse": "*fp32", "delta": "*fp32", "log2_sum": "*fp32", "floats": "*fp32",

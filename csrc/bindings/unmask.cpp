@@ -24,11 +24,11 @@ PerSpan<T> per_span(const py::tuple& settings, int i) {
 template <typename... Extra, typename Run>
 auto unmask_with(const Run& run) {
   return [run](Address token_ids, Address logits, Address row_position, Address cu_rows_span,
-               Address num_unmask, Address banned_ids, Address seeds, Address random_position,
-               Address confidence, Address candidate, Address is_nan, Address is_written,
-               int logits_dtype, int64_t logits_stride, int64_t total_tokens, int64_t num_rows,
-               int64_t num_spans, int64_t vocab_size, int64_t num_banned, int rule,
-               const py::tuple& settings, Extra... extra) {
+               Address num_unmask, Address num_masked, Address banned_ids, Address seeds,
+               Address random_position, Address confidence, Address candidate, Address is_nan,
+               Address is_written, int logits_dtype, int64_t logits_stride, int64_t total_tokens,
+               int64_t num_rows, int64_t num_spans, int64_t vocab_size, int64_t num_banned,
+               int rule, const py::tuple& settings, Extra... extra) {
     PDIFF_CHECK(settings.size() == 6, "settings: expected 6, got ", settings.size());
     PDIFF_CHECK(num_rows == 0 || (token_ids != 0 && logits != 0),
                 "logits: expected data, got none");
@@ -38,6 +38,7 @@ auto unmask_with(const Run& run) {
         .row_position = address<const int32_t>(row_position),
         .cu_rows_span = address<const int32_t>(cu_rows_span),
         .num_unmask = address<const int32_t>(num_unmask),
+        .num_masked = address<int32_t>(num_masked),
         .banned_ids = address<const int64_t>(banned_ids),
         .seeds = address<const int64_t>(seeds),
         .random_position = address<const int32_t>(random_position),

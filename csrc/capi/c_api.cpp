@@ -35,6 +35,7 @@ pdiff::UnmaskParams pdiff::capi::unmask_params(const pdiff_unmask_args& a) {
           .row_position = a.row_position,
           .cu_rows_span = a.cu_rows_span,
           .num_unmask = a.num_unmask,
+          .num_masked = a.num_masked,
           .banned_ids = a.banned_ids,
           .seeds = a.seeds,
           .random_position = a.random_position,

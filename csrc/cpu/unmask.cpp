@@ -94,6 +94,7 @@ void write_span(const UnmaskParams& p, int64_t span, std::vector<int32_t>& rows,
     if (i > 0 && !is_sure) continue;
     p.token_ids[p.row_position[row]] = p.candidate[row];
     p.is_written[row] = 1;
+    if (p.num_masked != nullptr) --p.num_masked[span];
   }
 }
 

@@ -155,7 +155,10 @@ TEST(unmask_writes_the_most_certain_row_and_refuses_a_bad_one) {
   CHECK(error_mentions("row_position[1]: expected 0 to 1, got 2"));
   CHECK_EQ(token_ids[2], -1);
   args.total_tokens = 3;
+  int32_t num_masked = 2;
+  args.num_masked = &num_masked;
   CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_OK);
+  CHECK_EQ(num_masked, 1);
   CHECK_EQ(token_ids[0], 7);
   CHECK_EQ(token_ids[1], -1);
   CHECK_EQ(token_ids[2], 0);

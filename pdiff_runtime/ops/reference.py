@@ -126,6 +126,7 @@ def unmask_(
     seeds: Tensor | None = None,
     step_idx: int | Tensor = 0,
     positions: Tensor | None = None,
+    num_masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pdiff_runtime.ops.unmask_`: confidence, candidate, is_nan, is_written."""
     num_rows, vocab_size = logits.shape
@@ -181,6 +182,8 @@ def unmask_(
             if rank == 0 or rule != "threshold" or confidence[row] >= p_min:
                 token_ids[row_position[row]] = candidate[row]
                 is_written[row] = True
+                if num_masked is not None:
+                    num_masked[span] -= 1
     return confidence, candidate, is_nan, is_written
 
 

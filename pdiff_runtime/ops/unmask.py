@@ -91,6 +91,7 @@ def unmask_(
     seeds: Tensor | None = None,
     step_idx: int | Tensor = 0,
     positions: Tensor | None = None,
+    num_masked: Tensor | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> UnmaskStats:
     """Reveal the most certain masked tokens of each span, in place.
@@ -121,6 +122,8 @@ def unmask_(
         banned_ids: ``[num_banned]`` int64; -inf before everything else.
         seeds: ``[num_rows]`` int64, default 0.
         positions: ``[num_rows]`` int32 in place of ``row_position`` for the random numbers.
+        num_masked: ``[num_spans]`` int32, how many masks each span has left: what is written is
+            taken off, in place, so that a span is done where it reads 0.
 
     On a GPU nothing waits for the device, so what tensors hold cannot be checked first: there a
     position out of range and a row of no span are not written, a banned id out of range bans
@@ -138,12 +141,12 @@ def unmask_(
     if torch.compiler.is_compiling():
         result = torch.ops.pdiff.unmask_(
             token_ids, logits, row_position, cu_rows_span, num_unmask, rule,
-            *_as_tensors(settings, num_unmask), banned_ids, seeds, positions, str(impl),
+            *_as_tensors(settings, num_unmask), banned_ids, seeds, positions, num_masked, str(impl),
         )  # fmt: skip
         return UnmaskStats(*result)
     return _run(
         token_ids, logits, row_position, cu_rows_span, num_unmask, rule, settings,
-        banned_ids, seeds, positions, impl,
+        banned_ids, seeds, positions, num_masked, impl,
     )  # fmt: skip
 
 
@@ -158,6 +161,7 @@ def _run(
     banned_ids: Tensor | None,
     seeds: Tensor | None,
     positions: Tensor | None,
+    num_masked: Tensor | None,
     impl: Impl | str,
 ) -> UnmaskStats:
     device = logits.device
@@ -185,6 +189,8 @@ def _run(
         check_tensor("seeds", seeds, torch.int64, (num_rows,), device)
     if positions is not None:
         check_tensor("positions", positions, torch.int32, (num_rows,), device)
+    if num_masked is not None:
+        check_tensor("num_masked", num_masked, torch.int32, (num_spans,), device)
     for name, value, dtype in zip(_Settings._fields, settings, _SETTING_DTYPES, strict=True):
         if isinstance(value, Tensor):
             check_tensor(name, value, dtype, (num_spans,), device)
@@ -195,7 +201,8 @@ def _run(
         return UnmaskStats(
             *reference.unmask_(
                 token_ids, logits, row_position, cu_rows_span, num_unmask, rule=rule,
-                banned_ids=banned_ids, seeds=seeds, positions=positions, **settings._asdict(),
+                banned_ids=banned_ids, seeds=seeds, positions=positions, num_masked=num_masked,
+                **settings._asdict(),
             )
         )  # fmt: skip
 
@@ -206,12 +213,13 @@ def _run(
         triton.unmask(
             token_ids, logits, row_position, cu_rows_span, num_unmask, *stats,
             rule_code=_RULE_CODES[rule], banned_ids=banned_ids, seeds=seeds, positions=positions,
-            **settings._asdict(),
+            num_masked=num_masked, **settings._asdict(),
         )  # fmt: skip
         return stats
     arguments = (
         pointer(token_ids), pointer(logits), pointer(row_position), pointer(cu_rows_span),
-        pointer(num_unmask), pointer(banned_ids), pointer(seeds), pointer(positions),
+        pointer(num_unmask), pointer(num_masked), pointer(banned_ids), pointer(seeds),
+        pointer(positions),
         pointer(stats.confidence), pointer(stats.candidate), pointer(stats.is_nan),
         pointer(stats.is_written), DTYPE_CODES[logits.dtype], logits.stride(0),
         token_ids.shape[0], num_rows, num_spans, vocab_size,
@@ -277,7 +285,7 @@ library.define(
     "unmask_(Tensor(a!) token_ids, Tensor logits, Tensor row_position, Tensor cu_rows_span, "
     "Tensor num_unmask, str rule, Tensor temperature, Tensor top_p, Tensor top_k, "
     "Tensor alg_temp, Tensor threshold, Tensor step_idx, Tensor? banned_ids, Tensor? seeds, "
-    "Tensor? positions, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? positions, Tensor(b!)? num_masked, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -286,12 +294,12 @@ def _unmask_op(
     token_ids: Tensor, logits: Tensor, row_position: Tensor, cu_rows_span: Tensor,
     num_unmask: Tensor, rule: str, temperature: Tensor, top_p: Tensor, top_k: Tensor,
     alg_temp: Tensor, threshold: Tensor, step_idx: Tensor, banned_ids: Tensor | None,
-    seeds: Tensor | None, positions: Tensor | None, impl: str,
+    seeds: Tensor | None, positions: Tensor | None, num_masked: Tensor | None, impl: str,
 ) -> UnmaskStats:  # fmt: skip
     settings = _Settings(temperature, top_p, top_k, alg_temp, threshold, step_idx)
     return _run(
         token_ids, logits, row_position, cu_rows_span, num_unmask, Rule(rule), settings,
-        banned_ids, seeds, positions, impl,
+        banned_ids, seeds, positions, num_masked, impl,
     )  # fmt: skip
 
 

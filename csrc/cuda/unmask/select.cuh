@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpSize)
 
   const uint32_t best_row = ~static_cast<uint32_t>(shared.best);
   const float threshold = p.threshold[span];
+  int32_t num_written = 0;
   for (int64_t first = begin; first < end; first += kThreads) {
     const int64_t row = first + thread;
     const uint32_t key = row < end ? keys[row] : 0;
@@ -123,7 +124,11 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpSize)
     if (position < 0 || position >= p.total_tokens) continue;
     p.token_ids[position] = p.candidate[row];
     p.is_written[row] = 1;
+    ++num_written;
   }
+  if (p.num_masked == nullptr) return;
+  num_written = warp_sum(num_written);
+  if (thread % kWarpSize == 0 && num_written > 0) atomicAdd(p.num_masked + span, -num_written);
 }
 
 }  // namespace pdiff::cuda::unmasking

@@ -158,13 +158,14 @@ typedef enum pdiff_unmask_rule {
 /* Row r of the logits already predicts token_ids[row_position[r]]. A setting is one value for all
  * spans, or the [num_spans] values of its *_per_span where that is not NULL. */
 typedef struct pdiff_unmask_args {
-  int64_t* token_ids;             /* [total_tokens], written in place */
-  const void* logits;             /* [num_rows, vocab_size] */
-  const int32_t* row_position;    /* [num_rows], ascending within a span */
-  const int32_t* cu_rows_span;    /* [num_spans + 1] from 0 to num_rows */
-  const int32_t* num_unmask;      /* [num_spans]; more than the span's rows: all of them */
-  const int64_t* banned_ids;      /* [num_banned] */
-  const int64_t* seeds;           /* [num_rows]; NULL: 0 */
+  int64_t* token_ids;          /* [total_tokens], written in place */
+  const void* logits;          /* [num_rows, vocab_size] */
+  const int32_t* row_position; /* [num_rows], ascending within a span */
+  const int32_t* cu_rows_span; /* [num_spans + 1] from 0 to num_rows */
+  const int32_t* num_unmask;   /* [num_spans]; more than the span's rows: all of them */
+  int32_t* num_masked;         /* [num_spans], what a span writes is taken off; NULL: not wanted */
+  const int64_t* banned_ids;   /* [num_banned] */
+  const int64_t* seeds;        /* [num_rows]; NULL: 0 */
   const int32_t* random_position; /* [num_rows]; NULL: row_position */
 
   float* confidence;   /* [num_rows] out */

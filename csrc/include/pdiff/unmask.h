@@ -43,6 +43,8 @@ struct UnmaskParams {
   const int32_t* cu_rows_span;  // [num_spans + 1] from 0 to num_rows
   const int32_t* num_unmask;    // [num_spans]; more than the span's rows: all; negative: none
 
+  int32_t* num_masked = nullptr;  // [num_spans], or null; what a span writes is taken off
+
   const int64_t* banned_ids;  // [num_banned] in [0, vocab_size)
   const int64_t* seeds;       // [num_rows], or null: 0
   const int32_t*

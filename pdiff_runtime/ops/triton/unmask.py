@@ -467,10 +467,10 @@ def finish_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_spans", "total_tokens"])
 def select_kernel(
     token_ids, row_position, cu_rows_span, num_unmask, rank_key, confidence, candidate, is_written,
-    thresholds, threshold, num_rows, num_spans, total_tokens,
+    num_masked, thresholds, threshold, num_rows, num_spans, total_tokens,
     RULE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes token_ids and is_written. Positions out of range are not written."""
+    """Writes token_ids and is_written, and counts. Positions out of range are not written."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     span = tl.zeros([ROWS], tl.int32)
@@ -506,6 +506,8 @@ def select_kernel(
     chosen = chosen & (token >= 0) & (position >= 0) & (position < total_tokens)
     tl.store(token_ids + position, token, mask=chosen)
     tl.store(is_written + row, chosen.to(tl.uint8), mask=is_row)
+    if num_masked is not None:
+        tl.atomic_add(num_masked + span, -1, mask=chosen)
 
 
 # -- host ------------------------------------------------------------------------------------------
@@ -560,6 +562,7 @@ def unmask(
     banned_ids: Tensor | None,
     seeds: Tensor | None,
     positions: Tensor | None,
+    num_masked: Tensor | None,
 ) -> None:
     """See :func:`pdiff_runtime.ops.unmask_`, which has checked shapes; fills the statistics."""
     check_numbers(temperature=temperature, top_p=top_p, top_k=top_k, alg_temp=alg_temp)
@@ -604,6 +607,6 @@ def unmask(
     )  # fmt: skip
     select_kernel[(triton.cdiv(num_rows, SELECT_ROWS),)](
         token_ids, row_position, cu_rows_span, num_unmask, rank_key, confidence, candidate,
-        is_written.view(torch.uint8), *_pair(0.0 if threshold is None else threshold),
+        is_written.view(torch.uint8), num_masked, *_pair(0.0 if threshold is None else threshold),
         num_rows, num_spans, len(token_ids), rule_code, SELECT_ROWS, num_warps=4,
     )  # fmt: skip
