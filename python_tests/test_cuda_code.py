@@ -110,6 +110,18 @@ def test_warpgroups_issue_products_one_after_another(kernel):
     assert len(products) >= 3 * len(waits)
 
 
+@pytest.mark.parametrize("kernel", SM90A, ids=str)
+def test_warpgroups_ask_for_no_more_registers_than_there_are(kernel):
+    """One gives back, two ask; a block that asks for more than it began with hangs."""
+    code = code_of(kernel)
+    asked = {
+        wanted: [i.target for i in code if i.opcode.startswith(f"USETMAXREG.{wanted}")]
+        for wanted in ("DEALLOC", "TRY_ALLOC")
+    }
+    [left], [held] = set(asked["DEALLOC"]), set(asked["TRY_ALLOC"])
+    assert left + 2 * held <= 3 * kernel.resources["REG"]
+
+
 @pytest.mark.parametrize("stem", STREAMS)
 def test_logits_are_read_16_bytes_at_a_time(stem):
     """Of every kernel that goes through a row: one whose loop has exponentials."""

@@ -67,9 +67,13 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, const CudaQueue
             Args&&... args) {
   constexpr int64_t kDefaultSharedBytes = 48 * 1024;
   if (shape.shared_bytes > kDefaultSharedBytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          shape.name);
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    if (status != cudaSuccess) {
+      (void)cudaGetLastError();
+      detail::throw_error(shape.name, ": needs ", shape.shared_bytes,
+                          " bytes of shared memory, which the device does not have for a block");
+    }
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));

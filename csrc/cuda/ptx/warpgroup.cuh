@@ -29,6 +29,13 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
+/// After a wait: keeps the compiler from moving what uses an accumulator before it.
+template <int kSize>
+__device__ __forceinline__ void settle(float (&x)[kSize]) {
+#pragma unroll
+  for (float& element : x) asm volatile("" : "+f"(element)::"memory");
+}
+
 /// Where an operand lies: what the instruction calls a matrix descriptor. In bytes: its address,
 /// from panel to panel where columns are not the summed dimension, from 8 rows to the next 8.
 __device__ __forceinline__ uint64_t describe_panels(const void* shared, int panel_bytes) {

@@ -93,6 +93,7 @@ struct Block {
   std::vector<std::function<void()>> deferred;
   Barrier barriers[kNumBarriers];
   int num_running = 0;
+  int free_registers = 0;
 
   ~Block() { std::free(shared); }
 };
@@ -104,6 +105,7 @@ struct Fiber {
   void* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
   bool done = false;
+  int num_registers = 0;
   const char* waits_for = "";
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<Copy> open_copies;
@@ -204,6 +206,7 @@ std::unique_ptr<Block> make_block(unsigned idx, std::vector<std::unique_ptr<Fibe
     auto fiber = std::make_unique<Fiber>();
     fiber->block = block.get();
     fiber->thread = thread;
+    fiber->num_registers = 64 * 1024 / num_threads / 8 * 8;
     fiber->stack_memory = take_stack();
     void** top = reinterpret_cast<void**>(fiber->stack_memory + kStackBytes);
     *--top = nullptr;  // a return address, so that the stack is aligned as after a call
@@ -465,6 +468,16 @@ void copy_async_wait(int num_groups) {
     complete(groups.front());
     groups.pop_front();
   }
+}
+
+void set_registers(int num) {
+  Fiber& fiber = *machine->fiber;
+  if (num % 8 != 0 || num < 24 || num > 256) fail("asks for a number of registers there is not");
+  const int wanted = num - fiber.num_registers;
+  while (fiber.block->free_registers < wanted) wait("registers");
+  fiber.block->free_registers -= wanted;
+  fiber.num_registers = num;
+  made_progress();
 }
 
 Statistics& statistics() {

@@ -72,6 +72,10 @@ void copy_async(void* shared, const void* global, int num_bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int num_groups);
 
+/// Changes how many registers the thread holds. A block begins with an even share of 64 K for each
+/// thread; more must have been given back by others, or the wait for it never ends.
+void set_registers(int num);
+
 /// Shared memory accesses that collide in a bank; summed over all runs until it is reset.
 struct Statistics {
   int64_t matrix_loads = 0, matrix_load_conflicts = 0;

@@ -12,10 +12,10 @@ MOST_ELEMENTS = 4096
 
 @triton.jit
 def _rotate(
-    x, c, s, cache, is_cached,
+    x, c, s, cache, num_cached,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Heads of one row at `x`, in place; also to `cache`, if there is one."""
+    """Heads of one row at `x`, in place; the first `num_cached` also to `cache`, if that is there."""
     half: tl.constexpr = HEAD_DIM // 2
     dim = tl.arange(0, BLOCK_D)
     for first in tl.static_range(0, NUM_HEADS, BLOCK_H):
@@ -29,8 +29,9 @@ def _rotate(
         tl.store(x + at, low, mask=here)
         tl.store(x + at + half, high, mask=here)
         if cache is not None:
-            tl.store(cache + at, low, mask=here & is_cached)
-            tl.store(cache + at + half, high, mask=here & is_cached)
+            cached = here & (head < num_cached)[:, None]
+            tl.store(cache + at, low, mask=cached)
+            tl.store(cache + at + half, high, mask=cached)
 
 
 @triton.jit(do_not_specialize=["max_position", "num_slots"])
@@ -49,20 +50,20 @@ def rope_kv_write_kernel(
         dim = tl.arange(0, BLOCK_D)
         c = tl.load(cos + position * half + dim, mask=dim < half, other=0.0)
         s = tl.load(sin + position * half + dim, mask=dim < half, other=0.0)
-        _rotate(q + row * q_stride, c, s, None, False, HEADS_Q, HEAD_DIM, BLOCK_HQ, BLOCK_D)
+        _rotate(q + row * q_stride, c, s, None, 0, HEADS_Q, HEAD_DIM, BLOCK_HQ, BLOCK_D)
         if k_cache is None:
-            _rotate(k + row * k_stride, c, s, None, False, HEADS_KV, HEAD_DIM, BLOCK_HKV, BLOCK_D)
+            _rotate(k + row * k_stride, c, s, None, 0, HEADS_KV, HEAD_DIM, BLOCK_HKV, BLOCK_D)
         else:
             slot = tl.load(slots + row)
             is_cached = (slot >= 0) & (slot < num_slots)
             token = tl.where(is_cached, slot, 0) * (HEADS_KV * HEAD_DIM)
             _rotate(
-                k + row * k_stride, c, s, k_cache + token, is_cached,
+                k + row * k_stride, c, s, k_cache + token, tl.where(is_cached, HEADS_KV, 0),
                 HEADS_KV, HEAD_DIM, BLOCK_HKV, BLOCK_D,
             )  # fmt: skip
             for first in tl.static_range(0, HEADS_KV * HEAD_DIM, BLOCK_V):
                 at = first + tl.arange(0, BLOCK_V)
-                here = (at < HEADS_KV * HEAD_DIM) & is_cached
+                here = at < tl.where(is_cached, HEADS_KV * HEAD_DIM, 0)
                 value = tl.load(v + row * v_stride + at, mask=here, other=0.0)
                 tl.store(v_cache + token + at, value, mask=here)
 

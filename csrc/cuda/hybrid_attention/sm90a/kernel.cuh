@@ -309,9 +309,10 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
         }
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 1));
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
-        // A row that has seen no key yet: -inf - -inf would be NaN.
+        // A row that has seen no key yet: -inf - -inf would be NaN. Where the maximum stays, the
+        // factor is 1 to the bit, so what a row does not see leaves no trace.
         scaled_max[i] = peak == -INFINITY ? 0.0f : peak * params.score_scale;
-        rescale[i] = exp2_fast(m[i] * params.score_scale - scaled_max[i]);
+        rescale[i] = peak == -INFINITY ? 1.0f : exp2_fast((m[i] - peak) * params.score_scale);
         l[i] *= rescale[i];
         m[i] = peak;
       }
@@ -332,10 +333,12 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       products_begin();
       multiply_by_keys();
       products_wait<0>();
+      settle(s);
       release(shared.k_empty[k_slot.slot()]);
       softmax();
       round_weights();
     } else {
+      __syncwarp();  // everyone has read the message
       release(shared.k_empty[k_slot.slot()]);
     }
     const bool has_keys = message.has_keys;
@@ -351,9 +354,11 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       products_begin();
       multiply_by_values();
       products_wait<1>();
+      settle(s);
       release(shared.k_empty[k_slot.slot()]);
       softmax();
       products_wait<0>();
+      settle(out);
       release(shared.v_empty[v_slot.slot()]);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[i % 4 / 2];
@@ -368,6 +373,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       products_begin();
       multiply_by_values();
       products_wait<0>();
+      settle(out);
       release(shared.v_empty[v_slot.slot()]);
       v_slot.next();
     }
@@ -402,6 +408,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     forward_kernel(const Params params, const __grid_constant__ TensorMap q_map,
                    const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map) {
+  using Shares = RegisterShares<96, 200>;
   auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -421,14 +428,14 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   }
   __syncthreads();
   if (thread < 128) {
-    lower_registers<96>();
+    lower_registers<Shares::kOfProducer>();
     if (thread < 32) {
       produce<T, kHeadDim, kPaged>(params, q_map, k_map, v_map, shared);
     } else if (thread < 64) {
       clear_values(shared);
     }
   } else {
-    raise_registers<200>();
+    raise_registers<Shares::kOfConsumer>();
     consume<T, kHeadDim>(params, shared);
   }
 }

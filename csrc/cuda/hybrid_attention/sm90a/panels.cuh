@@ -9,6 +9,14 @@
 
 namespace pdiff::cuda::sm90a {
 
+/// How a block of a producer and two consumer warpgroups shares its registers. It begins with 168 a
+/// thread, and who asks for more than others have given back waits for ever.
+template <int kProducer, int kConsumer>
+struct RegisterShares {
+  static_assert(kProducer + 2 * kConsumer <= 3 * 168);
+  static constexpr int kOfProducer = kProducer, kOfConsumer = kConsumer;
+};
+
 /// A place in a ring of kSlots: the k-th use of a slot waits for phase k of its barriers.
 template <int kSlots>
 struct RingPlace {

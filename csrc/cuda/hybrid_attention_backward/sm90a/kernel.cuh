@@ -19,13 +19,10 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "common/visible_walk.h"
 #include "cuda/common/divider.h"
 #include "cuda/common/warp.cuh"
 #include "cuda/hybrid_attention/sm90a/panels.cuh"
-#include "cuda/ptx/compiler.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/ptx/warpgroup.cuh"
@@ -62,7 +59,7 @@ struct OwnerTile {
   int32_t first, num;  // of all keys, or packed rows of the group: owners are [first, first + num)
 };
 
-/// What the producer works on. In shared memory, since its threads have few registers.
+/// What the producer works on: thread 0 finds it, all of its threads read it.
 struct BackwardWork {
   int32_t tile, kv_head;            // tile -1: there is no more
   int32_t first_owner, num_owners;  // keys or tokens of the sequence
@@ -77,10 +74,9 @@ struct PositionsMessage {
   bool has_positions, is_last;
 };
 
-template <int kHeadDim, bool kByKeys>
+template <int kHeadDim>
 struct BackwardShared {
   static constexpr int kPanels = kHeadDim / 64;
-  using Walk = VisibleWalk<std::conditional_t<kByKeys, RowsOfKey, KeysOfRow>>;
 
   alignas(1024) unsigned char owners[2][2][kPanels][kOwnerPanelBytes];  // [slot][which]
   unsigned char positions[kBackwardStages][2][kPanels][kPositionPanelBytes];
@@ -88,8 +84,6 @@ struct BackwardShared {
   float lse[kBackwardStages][kPositions], delta[kBackwardStages][kPositions];  // by keys
   OwnerTile tile[2];
   BackwardWork work;
-  RingPlace<2> owner_slot;
-  Walk walks[kOwners];  // of the producer's threads, which have few registers
   PositionsMessage message[kBackwardStages];
   int32_t first_of_warp[2][4];
   int32_t num_landed;
@@ -167,42 +161,37 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, int item
 template <typename T, int kHeadDim, bool kByKeys>
 __device__ __forceinline__ void produce_positions(const BackwardParams& params,
                                                   const BackwardMaps& maps,
-                                                  BackwardShared<kHeadDim, kByKeys>& shared) {
+                                                  BackwardShared<kHeadDim>& shared) {
   constexpr int kPanels = kHeadDim / 64, kThreads = 128, kBarrier = 1;
-  using Walk = typename BackwardShared<kHeadDim, kByKeys>::Walk;
-  // Worked out anew at each use: what follows from it would otherwise fill the few registers.
-  const auto thread = [] { return opaque(static_cast<int>(threadIdx.x)); };
-  const auto leads = [&] { return thread() == 0; };
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool leads = thread == 0;
   const BackwardWork& work = shared.work;
-  const auto walk = [&]() -> Walk& { return shared.walks[thread()]; };
   // Positions are walked in keys, or in tokens whose heads fit.
   const int stride = kByKeys ? params.tokens_per_box : kPositions;
-  RingPlace<2>& owner_slot = shared.owner_slot;  // of the thread that leads
+  RingPlace<2> owner_slot;
   RingPlace<kBackwardStages> stage;
 
-  if (leads()) {
-    owner_slot = {};
+  if (leads) {
     const int item = next_item<kByKeys>(params, static_cast<int>(blockIdx.x));
     find_work<kByKeys>(params, item, shared.work);
   }
   for (;;) {
     barrier_wait(kBarrier, kThreads);
     if (work.tile < 0) break;
-    const bool owns = thread() < work.num_owners;
-    {
+    const bool owns = thread < work.num_owners;
+    const auto seen_by_owner = [&] {
       const PlanView plan = plan_view_of(params.plan);
-      const int owner = work.first_owner + thread();
+      const int owner = work.first_owner + thread;
       if constexpr (kByKeys) {
-        walk() = Walk(owns ? rows_of_key(plan, work.sequence, work.first_segment, owner, 1)
-                           : RowsOfKey{});
+        return owns ? rows_of_key(plan, work.sequence, work.first_segment, owner, 1) : RowsOfKey{};
       } else {
-        walk() =
-            Walk(owns ? keys_of_row(segments_of(plan, work.sequence), work.first_segment, owner)
-                      : KeysOfRow{});
+        const SegmentsView view = segments_of(plan, work.sequence);
+        return owns ? keys_of_row(view, work.first_segment, owner) : KeysOfRow{};
       }
-    }
+    };
+    VisibleWalk walk(seen_by_owner());
     // Only the thread that goes on alone waits: another one could miss the phase.
-    if (leads()) {
+    if (leads) {
       shared.owners_empty[owner_slot.slot()].wait(owner_slot.phase() + 1);
       CopyBarrier& barrier = shared.owners_full[owner_slot.slot()];
       const int begin = kByKeys ? work.sequence.key_begin : work.sequence.row_begin;
@@ -216,22 +205,22 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
                  64 * panel, kByKeys ? work.kv_head : work.kv_head * params.group_size,
                  begin + work.first_owner);
       }
-      owner_slot.next();
     }
+    owner_slot.next();
 
     // Where the earliest owner goes on; all threads meet.
     const auto meet = [&](int slot, int position) {
       const uint32_t first =
-          __reduce_min_sync(kAllLanes, static_cast<uint32_t>(walk().next_from(position)));
-      if (thread() % kWarpSize == 0)
-        shared.first_of_warp[slot][thread() / kWarpSize] = static_cast<int32_t>(first);
+          __reduce_min_sync(kAllLanes, static_cast<uint32_t>(walk.next_from(position)));
+      if (thread % kWarpSize == 0)
+        shared.first_of_warp[slot][thread / kWarpSize] = static_cast<int32_t>(first);
       barrier_wait(kBarrier, kThreads);
       const int32_t* of_warp = shared.first_of_warp[slot];
       return min(min(of_warp[0], of_warp[1]), min(of_warp[2], of_warp[3]));
     };
     int position = meet(stage.slot(), 0);
     if (position == kNowhere) {  // owners that nobody sees, or that see nothing
-      if (leads()) {
+      if (leads) {
         shared.empty[stage.slot()].wait(stage.phase() + 1);
         shared.message[stage.slot()] = {false, true};
         shared.full[stage.slot()].arrive();
@@ -240,7 +229,7 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
     }
     while (position != kNowhere) {
       shared.empty[stage.slot()].wait(stage.phase() + 1);
-      uint64_t bits = walk().take(position, stride);
+      uint64_t bits = walk.take(position, stride);
       // The block of positions as a range in ascending order that lies within the sequence: what it
       // holds of positions walked before counts as not seen.
       int first = kByKeys ? work.num_positions - position - stride : position;
@@ -252,19 +241,18 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
         first -= shift, bits <<= shift;
       }
       if constexpr (kByKeys) bits = spread_over_groups(bits, stride, params.group_size);
-      const bool is_owner = thread() < work.num_owners;
-      shared.seen[stage.slot()][thread()] = is_owner ? bits : ~uint64_t{0};
+      shared.seen[stage.slot()][thread] = owns ? bits : ~uint64_t{0};
       if constexpr (kByKeys) {
-        const int column = thread() % kPositions;
+        const int column = thread % kPositions;
         if (column < stride * params.group_size) {
           const int token = first + params.group.divide(column);
           const int64_t row =
               work.first_statistic + static_cast<int64_t>(first) * params.group_size + column;
           const bool is_row = token < work.num_positions;
           float* const to =
-              thread() < kPositions ? shared.lse[stage.slot()] : shared.delta[stage.slot()];
-          const float* const from = thread() < kPositions ? params.lse : params.delta;
-          to[column] = is_row ? from[row] : thread() < kPositions ? INFINITY : 0.0f;
+              thread < kPositions ? shared.lse[stage.slot()] : shared.delta[stage.slot()];
+          const float* const from = thread < kPositions ? params.lse : params.delta;
+          to[column] = is_row ? from[row] : thread < kPositions ? INFINITY : 0.0f;
         }
       }
       const int next = meet((stage.count + 1) % 2, position + stride);
@@ -280,23 +268,23 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
                    first + (kByKeys ? work.sequence.row_begin : work.sequence.key_begin));
         }
       };
-      if (leads()) shared.message[stage.slot()] = {true, next == kNowhere};
+      if (leads) shared.message[stage.slot()] = {true, next == kNowhere};
       if (!is_short) {
-        if (leads()) start_copies(shared.full[stage.slot()]);
+        if (leads) start_copies(shared.full[stage.slot()]);
       } else {
         // Of a sequence so short that the box reaches into the next one: what it brings of that is
         // cleared, for 0 * NaN is NaN.
-        if (leads()) start_copies(shared.landed);
+        if (leads) start_copies(shared.landed);
         shared.landed.wait(shared.num_landed);
-        const int end = work.num_positions * (kByKeys ? opaque(params.group_size) : 1);
-        for (int i = end * 8 + thread(); i < kPositions * 8; i += kThreads) {
+        const int end = work.num_positions * (kByKeys ? params.group_size : 1);
+        for (int i = end * 8 + thread; i < kPositions * 8; i += kThreads) {
           for (auto& tensor : shared.positions[stage.slot()]) {
             for (auto& panel : tensor) reinterpret_cast<uint4*>(panel)[i] = make_uint4(0, 0, 0, 0);
           }
         }
         fence_async_copies();
         barrier_wait(kBarrier, kThreads);
-        if (leads()) {
+        if (leads) {
           ++shared.num_landed;
           shared.full[stage.slot()].arrive();
         }
@@ -305,12 +293,12 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
       position = next;
     }
     barrier_wait(kBarrier, kThreads);  // nobody reads the work any more
-    if (leads()) {
+    if (leads) {
       const int ticket = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
       find_work<kByKeys>(params, next_item<kByKeys>(params, ticket), shared.work);
     }
   }
-  if (leads()) {
+  if (leads) {
     shared.owners_empty[owner_slot.slot()].wait(owner_slot.phase() + 1);
     shared.tile[owner_slot.slot()] = {-1, 0, 0, 0};
     shared.owners_full[owner_slot.slot()].arrive();
@@ -320,10 +308,9 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
 /// A consumer warpgroup: 64 of the owners.
 template <typename T, int kHeadDim, bool kByKeys>
 __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
-                                              BackwardShared<kHeadDim, kByKeys>& shared) {
+                                              BackwardShared<kHeadDim>& shared) {
   constexpr int kDepthSteps = kHeadDim / 16, kPositionSteps = kPositions / 16;
-  const PlanHeader plan = *reinterpret_cast<const PlanHeader*>(params.plan);
-  const int group_size = plan.num_heads_q / plan.num_heads_kv;
+  const PlanHeader& plan = *reinterpret_cast<const PlanHeader*>(params.plan);
   const int thread = static_cast<int>(threadIdx.x) - 128;
   const int warpgroup = thread / 128, lane = thread % kWarpSize, t = lane % 4;
   const int first_row = thread / kWarpSize * 16 + lane / 4;
@@ -331,8 +318,10 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
   RingPlace<2> owner_slot;
   RingPlace<kBackwardStages> stage;
   float sum[kHeadDim / 2], sum_of_values[kByKeys ? kHeadDim / 2 : 1];
-  float s[kPositions / 2], dp[kPositions / 2];
-  uint32_t weights[kPositions / 4], gradients[kPositions / 4];
+  float s[kPositions / 2], beside[kPositions / 2];
+  uint32_t fragments[kPositions / 4];  // of p, then of ds
+  // By keys there are two sums and no registers for both products: dp takes the place of s.
+  float (&dp)[kPositions / 2] = kByKeys ? s : beside;
 
   // x <- owners @ positions^T
   const auto multiply = [&](float (&x)[kPositions / 2], int which) {
@@ -365,8 +354,7 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
 
   for (;; owner_slot.next()) {
     shared.owners_full[owner_slot.slot()].wait(owner_slot.phase());
-    const OwnerTile tile = shared.tile[owner_slot.slot()];
-    if (tile.tile < 0) return;
+    if (shared.tile[owner_slot.slot()].tile < 0) return;
 #pragma unroll
     for (float& x : sum) x = 0.0f;
 #pragma unroll
@@ -374,13 +362,15 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
     // Of rows g and g + 8: where their packed row's statistics lie, whose columns they see.
     float row_lse[2], row_delta[2];
     int owner[2];
+    if constexpr (!kByKeys) {
+      const OwnerTile tile = shared.tile[owner_slot.slot()];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first_row + 8 * i;
-      owner[i] = kByKeys ? row : min(params.group.divide(row), kOwners - 1);
-      if constexpr (!kByKeys) {
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + 8 * i;
+        owner[i] = min(params.group.divide(row), kOwners - 1);
         const int64_t packed =
-            (static_cast<int64_t>(tile.kv_head) * plan.total_q + tile.first) * group_size + row;
+            (static_cast<int64_t>(tile.kv_head) * plan.total_q + tile.first) * params.group_size +
+            row;
         row_lse[i] = row < tile.num ? params.lse[packed] : INFINITY;
         row_delta[i] = row < tile.num ? params.delta[packed] : 0.0f;
       }
@@ -393,21 +383,23 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
       const PositionsMessage message = shared.message[stage.slot()];
       is_last = message.is_last;
       if (!message.has_positions) {
+        __syncwarp();  // everyone has read the message
         if (leads) shared.empty[stage.slot()].arrive();
         stage.next();
         break;
       }
       products_begin();
       multiply(s, 0);
-      multiply(dp, 1);
+      if constexpr (!kByKeys) multiply(dp, 1);
       if (!is_first) {
-        products_wait<2>();
+        products_wait<kByKeys ? 1 : 2>();
         if (leads) shared.empty[before.slot()].arrive();
       }
       is_first = false;
-      products_wait<1>();
-      const uint64_t seen[2] = {shared.seen[stage.slot()][owner[0]],
-                                shared.seen[stage.slot()][owner[1]]};
+      products_wait<kByKeys ? 0 : 1>();
+      settle(s);
+      const uint64_t seen[2] = {shared.seen[stage.slot()][kByKeys ? first_row : owner[0]],
+                                shared.seen[stage.slot()][kByKeys ? first_row + 8 : owner[1]]};
       if (!__all_sync(kAllLanes, (seen[0] & seen[1]) == ~uint64_t{0})) {
 #pragma unroll
         for (int i = 0; i < kPositions / 2; ++i) {
@@ -421,33 +413,37 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
         if constexpr (kByKeys) {
           lse = *reinterpret_cast<const float2*>(&shared.lse[stage.slot()][i / 4 * 8 + 2 * t]);
         }
-        weights[i / 2] = pack2<T>(exp2_fast(s[i] * params.score_scale - lse.x),
-                                  exp2_fast(s[i + 1] * params.score_scale - lse.y));
+        fragments[i / 2] = pack2<T>(exp2_fast(s[i] * params.score_scale - lse.x),
+                                    exp2_fast(s[i + 1] * params.score_scale - lse.y));
       }
       if constexpr (kByKeys) {
         products_begin();
-        add(sum_of_values, weights, 1);
+        multiply(dp, 1);
+        add(sum_of_values, fragments, 1);
       }
       products_wait<0>();
+      settle(dp);
 #pragma unroll
       for (int i = 0; i < kPositions / 2; i += 2) {
         float2 delta{row_delta[i % 4 / 2], row_delta[i % 4 / 2]};
         if constexpr (kByKeys) {
           delta = *reinterpret_cast<const float2*>(&shared.delta[stage.slot()][i / 4 * 8 + 2 * t]);
         }
-        // The rounded weights, which leaves s free. What is not seen has weight 0, and a value that
-        // may be NaN.
-        const float2 p = unpack2<T>(weights[i / 2]);
-        gradients[i / 2] = pack2<T>(p.x == 0.0f ? 0.0f : p.x * (dp[i] - delta.x),
+        // What is not seen has weight 0, and a value that may be NaN.
+        const float2 p = unpack2<T>(fragments[i / 2]);
+        fragments[i / 2] = pack2<T>(p.x == 0.0f ? 0.0f : p.x * (dp[i] - delta.x),
                                     p.y == 0.0f ? 0.0f : p.y * (dp[i + 1] - delta.y));
       }
       products_begin();
-      add(sum, gradients, 0);
-
+      add(sum, fragments, 0);
       before = stage;
       stage.next();
     }
     products_wait<0>();
+    settle(sum);
+    settle(sum_of_values);
+    const OwnerTile tile = shared.tile[owner_slot.slot()];
+    __syncwarp();
     if (leads) {
       if (!is_first) shared.empty[before.slot()].arrive();
       shared.owners_empty[owner_slot.slot()].arrive();
@@ -462,7 +458,7 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
       } else {
         const int token = params.group.divide(row);
         at = (static_cast<int64_t>(tile.first) + token) * plan.num_heads_q +
-             tile.kv_head * group_size + row - token * group_size;
+             tile.kv_head * params.group_size + row - token * params.group_size;
       }
       store_row<T, kHeadDim>(static_cast<T*>(params.sum[0]) + at * kHeadDim, sum, i,
                              params.softmax_scale, row < tile.num);
@@ -477,7 +473,8 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
 template <typename T, int kHeadDim, bool kByKeys>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_kernel(const BackwardParams params, const __grid_constant__ BackwardMaps maps) {
-  auto& shared = *reinterpret_cast<BackwardShared<kHeadDim, kByKeys>*>(shared_memory());
+  using Shares = RegisterShares<88, 208>;
+  auto& shared = *reinterpret_cast<BackwardShared<kHeadDim>*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     constexpr int kNumConsumerWarps = 8;
@@ -503,10 +500,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   fence_async_copies();
   __syncthreads();
   if (thread < 128) {
-    lower_registers<kByKeys ? 32 : 72>();
+    lower_registers<Shares::kOfProducer>();
     produce_positions<T, kHeadDim, kByKeys>(params, maps, shared);
   } else {
-    raise_registers<kByKeys ? 240 : 216>();
+    raise_registers<Shares::kOfConsumer>();
     sum_gradients<T, kHeadDim, kByKeys>(params, shared);
   }
 }

@@ -43,7 +43,7 @@ void launch_backward(const Problem& problem, const CudaQueue& queue) {
   const int num_blocks = num_sms(queue.device_idx);
   launch(backward_kernel<T, kHeadDim, true>,
          {"hybrid_attention_backward: keys", num_blocks, kBackwardThreads,
-          sizeof(BackwardShared<kHeadDim, true>)},
+          sizeof(BackwardShared<kHeadDim>)},
          queue, params,
          BackwardMaps{{keys(x.k, x.k_stride, kOwners), keys(x.v, x.v_stride, kOwners)},
                       {rows(x.q, x.q_stride, box_tokens), rows(x.dout, dout_stride, box_tokens)}});
@@ -53,7 +53,7 @@ void launch_backward(const Problem& problem, const CudaQueue& queue) {
   params.rows_per_owner_box = tile_tokens * group_size;
   launch(backward_kernel<T, kHeadDim, false>,
          {"hybrid_attention_backward: rows", num_blocks, kBackwardThreads,
-          sizeof(BackwardShared<kHeadDim, false>)},
+          sizeof(BackwardShared<kHeadDim>)},
          queue, params,
          BackwardMaps{{rows(x.q, x.q_stride, tile_tokens), rows(x.dout, dout_stride, tile_tokens)},
                       {keys(x.k, x.k_stride, kPositions), keys(x.v, x.v_stride, kPositions)}});

@@ -58,8 +58,12 @@ inline void barrier_arrive(int idx, int num_threads) {
   emulation::barrier(idx, num_threads, false);
 }
 template <int kRegisters>
-void raise_registers() {}
+void raise_registers() {
+  emulation::set_registers(kRegisters);
+}
 template <int kRegisters>
-void lower_registers() {}
+void lower_registers() {
+  emulation::set_registers(kRegisters);
+}
 
 }  // namespace pdiff::cuda
