@@ -15,7 +15,7 @@ def _rotate(
     x, c, s, cache, num_cached,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Heads of one row at `x`, in place; the first `num_cached` also to `cache`, if that is there."""
+    """Heads of one row at `x`, in place; the first `num_cached` also to `cache`, if given."""
     half: tl.constexpr = HEAD_DIM // 2
     dim = tl.arange(0, BLOCK_D)
     for first in tl.static_range(0, NUM_HEADS, BLOCK_H):
