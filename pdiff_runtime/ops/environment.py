@@ -116,11 +116,15 @@ def kernels_for(compute_capability: tuple[int, int], architectures: tuple[str, .
 
 
 def _cuda_devices(architectures: tuple[str, ...]) -> tuple[CudaDevice, ...]:
-    devices = [_C.cuda_device(i) for i in range(_C.cuda_device_count())]
-    return tuple(
-        CudaDevice(**device, kernels=kernels_for(device["compute_capability"], architectures))
-        for device in devices
-    )
+    devices = []
+    for device_idx in range(_C.cuda_device_count()):
+        device = _C.cuda_device(device_idx)
+        chosen = architectures
+        if _C.cuda_kernels(device_idx) == "portable":  # PDIFF_CUDA_KERNELS did not ask for others
+            chosen = tuple(a for a in architectures if not a.endswith("a-real"))
+        kernels = kernels_for(device["compute_capability"], chosen)
+        devices.append(CudaDevice(**device, kernels=kernels))
+    return tuple(devices)
 
 
 def _why_no_cuda(devices: tuple[CudaDevice, ...]) -> str:
