@@ -4,9 +4,11 @@
 #
 #   bench/gpu_check.sh [--smoke] [STAGE...]
 #
-# Stages, in this order: build tests rows attention model suite memcheck racecheck synccheck
-# initcheck. Without one, all. Each has a time limit; one that fails is reported, and the next goes
-# on. `tests` are the cases with a CUDA or Triton kernel, `suite` is the rest of the test-suite.
+# Stages, in this order: build tests rows attention model sm90a_tests sm90a_attention memcheck
+# racecheck synccheck initcheck sm90a_memcheck suite. Without one, all. Each has a time limit; one
+# that fails is reported, and the next goes on; one that there is no time for counts as failed.
+# `tests` are the cases with a CUDA or Triton kernel, `suite` is the rest of the test-suite. The
+# kernels for compute capability 9.0 have stages of their own, after the portable ones.
 #
 #   --smoke          tiny shapes on the CPU, CUDA kernels emulated: the way through every stage
 #   OUT              where results.json, table.txt and log.txt go [bench/results/<gpu>]
@@ -21,24 +23,37 @@ cd "$(dirname "$0")/.." || exit 100
 
 readonly work="$PWD/build/gpu-check"
 readonly site="$work/site" rows="$work/rows.jsonl" stages="$work/stages.tsv"
-readonly all_stages=(build tests rows attention model suite memcheck racecheck synccheck initcheck)
+readonly all_stages=(
+  build tests rows attention model sm90a_tests sm90a_attention
+  memcheck racecheck synccheck initcheck sm90a_memcheck suite
+)
 readonly python="${PYTHON:-python3}"
 readonly gpu_cases="(cuda or triton) and not compile and not architecture"
 readonly skipped=77
+unset PDIFF_CUDA_KERNELS # every stage asks for the kernels it means
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=passive
 smoke="${GPU_CHECK_SMOKE:-}"
 
-# Seconds a stage may take.
+# Seconds a stage may take. Up to sm90a_attention they add up to the default of SECONDS_IN_ALL: only
+# the sanitizers and the suite have to do with what is left.
 limit_of() {
   case "$1" in
-    build) echo 170 ;;
-    tests) echo 150 ;;
-    rows) echo 90 ;;
-    attention) echo 130 ;;
-    model) echo 100 ;;
+    build) echo 150 ;;
+    tests) echo 90 ;;
+    rows | model) echo 60 ;;
+    attention) echo 85 ;;
+    sm90a_tests) echo 75 ;;
+    sm90a_attention) echo 40 ;;
+    memcheck | sm90a_memcheck) echo 50 ;;
+    racecheck) echo 60 ;;
+    synccheck | initcheck) echo 35 ;;
     suite) echo 120 ;;
-    *check) echo 60 ;;
   esac
+}
+
+# within SECONDS FUNCTION ARGUMENTS...: in a shell of its own, which ends after so long.
+within() {
+  timeout --kill-after=1 "$1" "$BASH" bench/gpu_check.sh --call "${@:2}"
 }
 
 has_module() { "$python" -c "import $1" 2>/dev/null; }
@@ -73,30 +88,56 @@ stage_build() {
   fi
   "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-index \
     --no-deps --target "$site" . || build_without_pip || return 1
-  PYTHONPATH="$site" "$site/bin/pdiff" check-env
+  export PYTHONPATH="$site"
+  if has_module click && has_module rich; then
+    "$python" -P -c 'from pdiff_runtime.serve.cli import main; main()' check-env
+  else
+    "$python" -P -c 'from pdiff_runtime.ops.environment import environment
+for row in environment().rows(): print(*row, sep="  ")'
+  fi
 }
 
+# A call into C that hangs cannot be interrupted: the process ends with a dump of its stacks.
+# pytest SECONDS_A_TEST ARGUMENTS...
 pytest() {
+  has_module pytest || { echo "no pytest"; return "$skipped"; }
   local options=(-q -p no:cacheprovider)
   if [[ -z $smoke ]] && has_module xdist; then options+=(-n 6 --dist worksteal); fi
-  if has_module pytest_timeout; then options+=(--timeout=100); fi
-  has_module pytest || { echo "no pytest"; return "$skipped"; }
-  OMP_NUM_THREADS=2 "$python" -P -m pytest "${options[@]}" "$@"
+  if has_module pytest_timeout; then
+    options+=("--timeout=$1" --timeout-method=thread)
+  else
+    options+=(-o "faulthandler_timeout=$1") # dumps, and lets it hang
+  fi
+  OMP_NUM_THREADS=2 "$python" -P -m pytest "${options[@]}" "${@:2}"
 }
 
 stage_tests() {
   if [[ -n $smoke ]]; then
-    pytest python_tests/test_attention_plan.py python_tests/test_cuda_code.py
+    pytest 100 python_tests/test_attention_plan.py python_tests/test_cuda_code.py -k "not sm90a"
   else
-    pytest python_tests -k "$gpu_cases"
+    pytest 60 python_tests -k "$gpu_cases and not sm90a"
   fi
+}
+
+# One process a file, one after another: what hangs takes no other file's results along.
+stage_sm90a_tests() {
+  local files i num_failed=0 seconds
+  files=(python_tests/test_hybrid_attention_backward_cuda.py)
+  [[ -n $smoke ]] || files=(python_tests/test_hybrid_attention_cuda.py "${files[@]}" python_tests/test_cuda_code.py)
+  for ((i = 0; i < ${#files[@]}; ++i)); do
+    seconds=$(((limit - SECONDS - 3) / (${#files[@]} - i))) # a share of what is left
+    echo "== ${files[i]}, at most $seconds s"
+    within "$((seconds - 2))" pytest "$((seconds - 4))" "${files[i]}" -k sm90a ||
+      num_failed=$((num_failed + 1))
+  done
+  return "$num_failed"
 }
 
 stage_suite() {
   if [[ -n $smoke ]]; then
-    pytest python_tests/test_schedule.py
+    pytest 100 python_tests/test_schedule.py
   else
-    pytest python_tests -k "not ($gpu_cases)"
+    pytest 60 python_tests -k "not ($gpu_cases) and not sm90a"
   fi
 }
 
@@ -107,9 +148,11 @@ bench() {
 stage_rows() { bench machine plan unmask cross_entropy rope; }
 stage_attention() { bench attention; }
 stage_model() { bench model; }
+stage_sm90a_attention() { bench attention --kernels sm90a; }
 
+# sanitizer TOOL ARGUMENTS_OF_SMALLEST...
 sanitizer() {
-  local command=("$python" bench/gpu/smallest.py)
+  local command=("$python" bench/gpu/smallest.py "${@:2}")
   if command -v compute-sanitizer >/dev/null && [[ -z $smoke ]]; then
     command=(compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "${command[@]}")
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${command[@]}"
@@ -122,14 +165,28 @@ sanitizer() {
 }
 
 stage_memcheck() { sanitizer memcheck; }
-stage_racecheck() { sanitizer racecheck; }
-stage_synccheck() { sanitizer synccheck; }
-stage_initcheck() { sanitizer initcheck; }
+stage_racecheck() { sanitizer racecheck --dtypes bfloat16; }
+stage_synccheck() { sanitizer synccheck --dtypes bfloat16; }
+stage_initcheck() { sanitizer initcheck --dtypes bfloat16; }
+
+stage_sm90a_memcheck() {
+  local tool status outcome="$skipped"
+  for tool in memcheck synccheck; do
+    echo "== $tool"
+    status=0
+    within "$((limit / 2 - 3))" sanitizer "$tool" --kernels sm90a --dtypes bfloat16 || status=$?
+    if ((status != skipped && (status != 0 || outcome == skipped))); then outcome="$status"; fi
+  done
+  return "$outcome"
+}
 
 if [[ ${1:-} == --run ]]; then # this script calls itself, so that a limit ends the whole stage
   limit="$3"
   [[ $2 == build ]] || export PYTHONPATH="$site"
   "stage_$2"
+  exit
+elif [[ ${1:-} == --call ]]; then # part of a stage
+  "${@:2}"
   exit
 fi
 
@@ -170,7 +227,9 @@ for name in "${all_stages[@]}"; do
   [[ " ${wanted[*]} " == *" $name "* ]] || continue
   limit="$(limit_of "$name")" left=$((budget - SECONDS)) start="$SECONDS" status=0
   if ((left < 20)); then
-    printf '%s\tskipped\t0\tno time left\n' "$name" >>"$stages"
+    printf '%s\tfailed\t0\tno time left\n' "$name" >>"$stages"
+    num_failed=$((num_failed + 1))
+    echo "==> $name: no time left"
     continue
   fi
   ((limit <= left)) || limit="$left"

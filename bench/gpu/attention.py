@@ -1,7 +1,8 @@
 """Hybrid attention, forward and backward, against what torch offers for the same mask.
 
 Rates count visible (query, key) pairs: forward 4 * heads * head_dim * pairs, backward 2.5 times
-that. Peers get their keys gathered and their masks built beforehand.
+that. Peers get their keys gathered and their masks built beforehand. Of the two sets of CUDA
+kernels one is in use; beside sm90a only FlexAttention is timed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import torch
 from device import DEVICE, ON_GPU, Call, compiled, synchronize
@@ -21,13 +22,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 from workloads import AttentionWorkload, gpu_attention
 
-from pdiff_runtime import _C
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
-from pdiff_runtime.testing import assert_within_budget, use_cuda_kernels
+from pdiff_runtime.testing import assert_within_budget
 
 BF16 = torch.bfloat16
-Within = Callable[[Callable[..., object]], Callable[..., object]]
 
 
 def run(bench: Bench) -> None:
@@ -63,22 +62,25 @@ def _training(
         return scaled_dot_product_attention(*x, attn_mask=bias)
 
     forward, backward = {}, {}
-    for impl, title, within in _variants(plans):
+    for impl, ours_plan in plans.items():
+        title = bench.title(impl)
         for way, gradients in (("forward", False), ("backward", True)):
-            body = within(functools.partial(_check, small, impl, gradients))
+            body = functools.partial(_check, small, impl, gradients)
             bench.check(f"attention {way}, {name}", title, body)
-        ours = functools.partial(hybrid_attention, plan=plans[impl])
-        forward[title] = Call(within(_forward_of(ours, tensors).run))
-        backward[title] = Call(within(_backward_of(ours, tensors).run))
+        ours = functools.partial(hybrid_attention, plan=ours_plan)
+        forward[title] = _forward_of(ours, tensors)
+        backward[title] = _backward_of(ours, tensors)
     titles = list(forward)
     if ON_GPU:  # it has no backward on a CPU
         backward["FlexAttention"] = _backward_of(flex_forward, peers["grouped"])
     forward["FlexAttention"] = _forward_of(flex_forward, peers["grouped"])
-    forward["SDPA, dense mask"] = _forward_of(dense_forward, peers["repeated"])
-    backward["SDPA, dense mask"] = _backward_of(dense_forward, peers["repeated"])
+    dense = _forward_of(dense_forward, peers["repeated"])
+    if bench.kernels == "portable":
+        forward["SDPA, dense mask"] = dense
+        backward["SDPA, dense mask"] = _backward_of(dense_forward, peers["repeated"])
 
     for title in titles:  # also at full size: against torch, in bfloat16 both
-        body = functools.partial(_compare, forward[title], forward["SDPA, dense mask"])
+        body = functools.partial(_compare, forward[title], dense)
         bench.check(f"attention, {name}, full size", title, body)
 
     flops = workload.forward_flops
@@ -100,15 +102,15 @@ def _paged(bench: Bench, name: str, workload: AttentionWorkload, small: Attentio
     plan = next(iter(plans.values()))
     tensors = inputs_of(plan, BF16)
     calls = {}
-    for impl, title, within in _variants(plans):
-        bench.check(f"attention, {name}", title, within(functools.partial(_check, small, impl)))
-        ours = functools.partial(hybrid_attention, plan=plans[impl])
-        calls[title] = Call(within(_forward_of(ours, tensors).run))
-    titles = list(calls)
-    calls["prefix, spans, merge"] = _composed(workload, plan, *tensors)
-    for title in titles:
-        body = functools.partial(_compare, calls[title], calls["prefix, spans, merge"])
+    composed = _composed(workload, plan, *tensors)
+    for impl, ours_plan in plans.items():
+        title = bench.title(impl)
+        bench.check(f"attention, {name}", title, functools.partial(_check, small, impl))
+        calls[title] = _forward_of(functools.partial(hybrid_attention, plan=ours_plan), tensors)
+        body = functools.partial(_compare, calls[title], composed)
         bench.check(f"attention, {name}, full size", title, body)
+    if bench.kernels == "portable":
+        calls["prefix, spans, merge"] = composed
     if name == "answers":  # each key and value is read once
         work = Work(2 * 2 * plan.total_kv * plan.num_heads_kv * plan.head_dim, "GB/s")
     else:
@@ -130,35 +132,11 @@ def _mixed(bench: Bench, shapes: dict[str, AttentionWorkload]) -> None:
             plan = plan_of(part, impl=impl, device=DEVICE)
             ours = functools.partial(hybrid_attention, plan=plan)
             calls[name] = _forward_of(ours, inputs_of(plan, BF16))
-        timings = bench.measure(f"attention forward, mixed batch, {impl}", calls)
+        timings = bench.measure(f"attention forward, mixed batch, {bench.title(impl)}", calls)
         if timings.keys() == calls.keys():
             share = timings["mixed"].ms / sum(timings[name].ms for name in parts)
             title = "attention forward, mixed batch of separate launches"
-            bench.value(title, impl, share, "of the sum")
-
-
-def _variants(plans: Mapping[str, AttentionPlan]) -> Iterator[tuple[str, str, Within]]:
-    """Each implementation, its title, and what its calls run within.
-
-    Of the two sets of CUDA kernels, the one that is not the default comes beside.
-    """
-    for impl in plans:
-        yield impl, impl, lambda call: call
-        if impl != Impl.CUDA or not ON_GPU:
-            continue
-        for kernels in {"portable", "sm90a"} - {_C.cuda_kernels(0)}:
-            with use_cuda_kernels(kernels) as available:
-                pass
-            if available:
-                yield impl, f"cuda, {kernels}", functools.partial(_with_kernels, kernels)
-
-
-def _with_kernels(kernels: str, call: Callable[..., object]) -> Callable[..., object]:
-    def run(*arguments: object) -> object:
-        with use_cuda_kernels(kernels):
-            return call(*arguments)
-
-    return run
+            bench.value(title, bench.title(impl), share, "of the sum")
 
 
 def _host_cost(bench: Bench) -> None:
@@ -174,7 +152,7 @@ def _host_cost(bench: Bench) -> None:
             for i in range(100):
                 call.run(i)
             samples.append(1e6 * (time.perf_counter() - start) / 100)
-        bench.value("attention call, on the host", impl, sorted(samples)[2], "us")
+        bench.value("attention call, on the host", bench.title(impl), sorted(samples)[2], "us")
 
 
 def _forward_of(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Call:

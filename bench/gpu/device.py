@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdiff_runtime import _C
-
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 SPINS_PER_SECOND = 2e9  # cycles of torch.cuda._sleep; too many cost time, too few accuracy
@@ -181,9 +179,15 @@ def machine() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "nvcc": _first_line("nvcc", "--version", last=True),
-        "kernels": f"{_C.__version__}, {_C.compiler}, {_C.cuda_architectures or 'no CUDA'}",
-        "emulated": _C.emulates_cuda,
     }
+    try:
+        from pdiff_runtime import _C
+    except ImportError as error:  # the build failed, which is to be reported
+        header["kernels"] = f"none: {error}"
+    else:
+        architectures = _C.cuda_architectures or "no CUDA"
+        header["kernels"] = f"{_C.__version__}, {_C.compiler}, {architectures}"
+        header["emulated"] = _C.emulates_cuda
     if ON_GPU:
         properties = torch.cuda.get_device_properties(DEVICE)
         header |= {

@@ -9,15 +9,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from device import DEVICE, ON_GPU, Call, Timing, alternate, ceilings, synchronize
+from report import Row, text_of
 
 from pdiff_runtime.ops import AttentionPlan, Impl
 from pdiff_runtime.testing import BACKENDS
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +75,14 @@ class Bench:
     Args:
         path: The file; None keeps rows in memory only.
         is_tiny: Shapes that run anywhere in a moment.
-        seconds: When these are over, no further case starts.
+        seconds: When these are over, no further case starts, which counts as failed.
+        kernels: The set of CUDA kernels in use; of ``sm90a`` nothing else of ours runs beside.
     """
 
-    def __init__(self, path: Path | None, *, is_tiny: bool, seconds: float) -> None:
-        self.path, self.is_tiny = path, is_tiny
+    def __init__(
+        self, path: Path | None, *, is_tiny: bool, seconds: float, kernels: str = "portable"
+    ) -> None:
+        self.path, self.is_tiny, self.kernels = path, is_tiny, kernels
         self.deadline = time.monotonic() + seconds
         self.rows: list[Row] = []
         self.num_failed = 0
@@ -91,15 +92,22 @@ class Bench:
         """Ours, the first being what ratios refer to: the GPU's, or what stands in for them."""
         missing = {str(b.impl): b.missing for b in BACKENDS}
         ours = [Impl.CUDA, Impl.TRITON] if ON_GPU else [Impl.CUDA, Impl.TRITON, Impl.CPU]
+        if self.kernels == "sm90a":
+            ours = [Impl.CUDA]
         for impl in ours:
             if missing[impl] and not any(r["impl"] == impl and "skipped" in r for r in self.rows):
                 self.add({"workload": "all", "impl": str(impl), "skipped": missing[impl]})
         return [impl for impl in ours if not missing[impl]]
 
+    def title(self, impl: str) -> str:
+        """What rows call an implementation."""
+        return f"{impl}, sm90a" if self.kernels == "sm90a" else str(impl)
+
     def case(self, workload: str, body: Callable[[], None]) -> None:
         """Run the body if there is time; its failure is a row, and the next case goes on."""
         if time.monotonic() > self.deadline:
-            self.add({"workload": workload, "impl": "all", "skipped": "no time left"})
+            self.num_failed += 1
+            self.add({"workload": workload, "impl": "all", "failed": "no time left"})
             return
         try:
             body()
@@ -167,7 +175,7 @@ class Bench:
                 self.fail(workload, name, error)
         num_rounds = 30 if ON_GPU else 1
         timings = alternate(able, num_rounds=num_rounds, max_seconds=max_seconds)
-        ours = next((timings[impl] for impl in map(str, self.impls) if impl in timings), None)
+        ours = next((timings[x] for x in map(self.title, self.impls) if x in timings), None)
         for name, timing in timings.items():
             row: Row = {"workload": workload, "impl": name, **dataclasses.asdict(timing)}
             if work is not None:
@@ -204,28 +212,6 @@ class Bench:
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-def text_of(row: Row) -> str:
-    """One line of the table."""
-    line = f"{row['workload'][:46]:46} {row['impl'][:20]:20}"
-    for reason in ("skipped", "failed"):
-        if reason in row:
-            return f"{line} {reason}: {row[reason]}"
-    if "ms" in row:
-        in_us = row["ms"] < 1
-        time_text = f"{1e3 * row['ms']:8.1f} us" if in_us else f"{row['ms']:8.2f} ms"
-        line += f"{time_text} ±{100 * row['spread']:2.0f}%"
-        if "rate" in row:
-            line += f" {row['rate']:5.0f} {row['unit']:7} {100 * row['share']:3.0f}%"
-        if "ratio" in row:
-            line += f" {row['ratio']:5.2f}x"
-    else:
-        line += f"{row['value']:10.2f} {row['unit']}"
-    if target := row.get("target"):
-        bounds = "/".join(f"{target[name]:g}" for name in ("floor", "target", "stretch"))
-        line += f"  [{bounds} {target['unit']}] {row.get('met', '')}"
-    return line
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

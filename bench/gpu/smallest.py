@@ -1,15 +1,19 @@
-"""Runs every CUDA kernel once on small shapes, and little else: for compute-sanitizer.
+"""Runs every CUDA kernel on small shapes, and little else: for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench/gpu/smallest.py
 
+``--kernels sm90a`` is attention for compute capability 9.0, ``portable`` all the rest; ``--dtypes``
+are all that there are unless told: the slower tools have time for one.
 Inputs are made on the CPU, so that few kernels but ours are launched. Results are only looked at
 for NaN: the tests compare them.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +27,8 @@ from pdiff_runtime.testing import BACKENDS, use_cuda_kernels
 
 BACKEND = next(b for b in BACKENDS if b.impl is ops.Impl.CUDA)
 DEVICE = BACKEND.device
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SKIPPED = 77  # as bench/gpu_check.sh reads an exit status
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -36,30 +42,42 @@ def expect_numbers(*tensors: torch.Tensor) -> None:
         assert not tensor.cpu().isnan().any()
 
 
-def attention(head_dim: int, dtype: torch.dtype, kernels: str) -> None:
-    """With one set of kernels, see :func:`pdiff_runtime.testing.use_cuda_kernels`."""
-    with use_cuda_kernels(kernels) as available:
-        if available or kernels == "portable":
-            _attention(head_dim, dtype)
-        else:
-            raise NotImplementedError(f"{kernels} kernels, on this device")
-
-
-def _attention(head_dim: int, dtype: torch.dtype) -> None:
+def attention(head_dim: int, dtype: torch.dtype) -> None:
     """Packed keys both ways, paged keys forward; long rows, short rows, one row a request."""
     for name, workload in gpu_attention(128, heads=(4, 2, head_dim)).items():
         plan = plan_of(workload, impl=BACKEND.impl, device=DEVICE)
-        keys = (plan.total_kv,)
-        if plan.page_table is not None and plan.page_size is not None:
-            keys = (int(plan.page_table.max()) + 1, plan.page_size)
-        q = random(plan.total_q, 4, head_dim, dtype=dtype)
-        k, v = (random(*keys, 2, head_dim, dtype=dtype) for _ in range(2))
-        has_gradient = name in ("long", "paper")
-        leaves = [x.requires_grad_(has_gradient) for x in (q, k, v)]
-        out, lse = ops.hybrid_attention(*leaves, plan, return_lse=True)
-        expect_numbers(out, lse)
-        if has_gradient:
-            expect_numbers(*torch.autograd.grad(out, leaves, random(*out.shape, dtype=dtype)))
+        attend(plan, dtype, has_gradient=name in ("long", "paper"))
+
+
+def attention_from_tokens(head_dim: int, dtype: torch.dtype) -> None:
+    """With the plan built on the device, of two documents with two spans and of one without."""
+    begin, end, sync = 1, 2, 3
+    text = [9] * 40
+    spans = [begin, *text, end, begin, *text[:7], end, sync]
+    documents = [[*text, *spans, *text], [*spans, *spans, *text[:3]], text]
+    ends = itertools.accumulate(map(len, documents), initial=0)
+    plan = ops.AttentionPlan.from_tokens(
+        torch.tensor([x for document in documents for x in document]).to(DEVICE),
+        torch.tensor(list(ends), dtype=torch.int32).to(DEVICE),
+        async_start=begin, async_end=end, sync=sync,
+        num_heads_q=4, num_heads_kv=2, head_dim=head_dim, impl=BACKEND.impl,
+    )  # fmt: skip
+    plan.check()
+    attend(plan, dtype, has_gradient=True)
+
+
+def attend(plan: ops.AttentionPlan, dtype: torch.dtype, *, has_gradient: bool) -> None:
+    """Forward and, if asked for, backward."""
+    keys = (plan.total_kv,)
+    if plan.page_table is not None and plan.page_size is not None:
+        keys = (int(plan.page_table.max()) + 1, plan.page_size)
+    q = random(plan.total_q, 4, plan.head_dim, dtype=dtype)
+    k, v = (random(*keys, 2, plan.head_dim, dtype=dtype) for _ in range(2))
+    leaves = [x.requires_grad_(has_gradient) for x in (q, k, v)]
+    out, lse = ops.hybrid_attention(*leaves, plan, return_lse=True)
+    expect_numbers(out, lse)
+    if has_gradient:
+        expect_numbers(*torch.autograd.grad(out, leaves, random(*out.shape, dtype=dtype)))
 
 
 def unmask(dtype: torch.dtype) -> None:
@@ -91,43 +109,57 @@ def rope(dtype: torch.dtype) -> None:
 
 
 def cross_entropy(dtype: torch.dtype) -> None:
-    """Loss, and gradient in place; an ignored row, an odd vocabulary."""
+    """Loss, and gradient in place, as it is and scaled; an ignored row, an odd vocabulary."""
     labels = torch.tensor([0, 5, -100, 1002, 7]).to(DEVICE)
     weight, kind = torch.rand(5).to(DEVICE), torch.tensor([0, 1, 1, 0, 1]).byte().to(DEVICE)
-    for vocab_size in (1003, 4096):
+    for vocab_size, scale in itertools.product((1003, 4096), (1, 2)):
         leaf = random(5, vocab_size, dtype=dtype).requires_grad_()
         loss = ops.weighted_cross_entropy(
             leaf.view(leaf.shape), labels, weight, kind, normaliser=4.0, inplace_backward=True,
             impl=BACKEND.impl,
         ).loss  # fmt: skip
-        expect_numbers(loss, *torch.autograd.grad(loss, leaf))
+        expect_numbers(loss, *torch.autograd.grad(scale * loss, leaf))
 
 
 def main() -> int:
-    """All kernels; the number of ops that could not run is the exit status."""
+    """All kernels; the exit status is the number of cases that failed, 77 if none could run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", choices=("portable", "sm90a"), default="portable")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    args = parser.parse_args()
     if BACKEND.missing:
         print(BACKEND.missing)
-        return 77
+        return SKIPPED
     torch.manual_seed(0)
-    num_failed = 0
-    cases = [
-        (attention, (head_dim, dtype, kernels))
-        for kernels in ("portable", "sm90a")
-        for head_dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float16))
-    ]
-    for dtype in (torch.bfloat16, torch.float32):
-        cases += [(case, (dtype,)) for case in (unmask, rope, cross_entropy)]
-    for case, arguments in cases:
-        try:
-            case(*arguments)
-            outcome = "ok"
-        except NotImplementedError as error:
-            outcome = f"skipped: not implemented: {error}"
-        except (ValueError, AssertionError) as error:
-            outcome = f"{type(error).__name__}: {error}"
-            num_failed += 1
-        print(case.__name__, *arguments, outcome, flush=True)
-    return num_failed
+    cases: list[tuple[Callable[..., None], tuple[object, ...]]] = []
+    for name in args.dtypes:
+        dtype = DTYPES[name]
+        if dtype != torch.float32:
+            for head_dim in (64, 128):
+                cases += [(case, (head_dim, dtype)) for case in (attention, attention_from_tokens)]
+        if args.kernels == "portable":
+            cases += [(case, (dtype,)) for case in (unmask, rope, cross_entropy)]
+    with use_cuda_kernels(args.kernels) as available:
+        if args.kernels == "sm90a" and not available:
+            print("sm90a kernels are not for this device")
+            return SKIPPED
+        outcomes = [run(case, *arguments) for case, arguments in cases]
+    if all(outcome.startswith("skipped") for outcome in outcomes):
+        return SKIPPED
+    return sum(outcome.startswith("failed") for outcome in outcomes)
+
+
+def run(case: Callable[..., None], *arguments: object) -> str:
+    """One case; what came of it."""
+    try:
+        case(*arguments)
+        outcome = "ok"
+    except NotImplementedError as error:
+        outcome = f"skipped: not implemented: {error}"
+    except (ValueError, AssertionError) as error:
+        outcome = f"failed: {type(error).__name__}: {error}"
+    print(case.__name__, *arguments, outcome, flush=True)
+    return outcome
 
 
 if __name__ == "__main__":
