@@ -233,6 +233,8 @@ template <typename T>
 void check(const Problem& problem, std::mt19937& random) {
   for (const char* kernels : {"portable", "sm90a"}) {
     select_cuda_kernels(kernels);
+    // The Python tests have the other pairs.
+    if (std::is_same_v<T, float16> && cuda_kernels(0) == CudaKernels::kSm90a) continue;
     Run<T> run(problem, random);
     emulation::statistics() = {};
     run.forward();
