@@ -181,6 +181,9 @@ def test_a_captured_cuda_graph_follows_its_inputs(cuda):
     [
         ({"q": torch.zeros(9, 4, 16).double()}, "expected float32 or bfloat16 [rows, num_heads_q"),
         ({"q": torch.zeros(9, 16, 4).transpose(1, 2)}, "expected contiguous rows"),
+        ({"q": torch.zeros(1, 4, 16).expand(9, -1, -1)}, "do not overlap, got strides (0, 16, 1)"),
+        ({"q": torch.zeros(96).as_strided((9, 4, 16), (4, 16, 1))}, "that do not overlap"),
+        ({"k": torch.zeros(1, 2, 16).expand(9, -1, -1)}, "do not overlap, got strides (0, 16, 1)"),
         ({"k": torch.zeros(8, 2, 16)}, "expected float32 [9, num_heads_kv, 16], got float32 [8,"),
         ({"k": torch.zeros(9, 2, 16).bfloat16()}, "expected float32 [9, num_heads_kv, 16]"),
         ({"v": torch.zeros(9, 1, 16)}, "expected float32 [9, 2, 16], got float32 [9, 1, 16]"),
@@ -204,6 +207,35 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(changed, message):
     with pytest.raises(ValueError, match=f"{name}.*{re.escape(message)}"):
         ops.rope_kv_write_(**arguments)
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("impl", Impl)
+@pytest.mark.parametrize(
+    ("num_heads_q", "num_heads_kv", "head_dim", "message"),
+    [
+        (0, 2, 16, "q: expected at least one head and element of a head, got [9, 0, 16]"),
+        (4, 0, 16, "k: expected at least one head and element of a head, got [9, 0, 16]"),
+        (4, 2, 0, "q: expected at least one head and element of a head, got [9, 4, 0]"),
+    ],
+)
+def test_no_heads_or_elements_are_refused(num_heads_q, num_heads_kv, head_dim, message, impl):
+    backend = Backend(impl)
+    if backend.missing:
+        pytest.skip(backend.missing)
+    q, k = (torch.zeros(9, heads, head_dim) for heads in (num_heads_q, num_heads_kv))
+    table, positions = torch.zeros(70, head_dim // 2), torch.zeros(9, dtype=torch.int64)
+    tensors = (x.to(backend.device) for x in (q, k, table, positions))
+    q, k, table, positions = tensors
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.rope_kv_write_(q, k, None, table, table, positions, None, None, None, impl=impl)
+
+
+@pytest.mark.parametrize("name", "qk")
+def test_each_backend_refuses_rows_on_the_same_memory(name, backend):
+    arguments = clone(problem(), backend.device)
+    arguments[name] = arguments[name][:1].expand(9, -1, -1)
+    with pytest.raises(ValueError, match=f"{name}: expected rows that do not overlap"):
+        ops.rope_kv_write_(**arguments, impl=backend.impl)
 
 
 def test_an_odd_head_dim_is_refused():

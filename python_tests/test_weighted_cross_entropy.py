@@ -299,6 +299,39 @@ def test_a_wrong_argument_is_named(changed, message):
         ops.weighted_cross_entropy(**problem() | changed, normaliser=1.0)
 
 
+@pytest.mark.parametrize(
+    ("normaliser", "got"),
+    [(torch.ones(2).double(), "float64 [2]"), (torch.ones(0, 3), "float32 [0, 3]")],
+)
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", [Impl.CPU, Impl.CUDA, Impl.REFERENCE])
+def test_a_normaliser_is_one_number(impl, inplace_backward, needs_grad, normaliser, got):
+    backend = Backend(impl)
+    if backend.missing:
+        pytest.skip(backend.missing)
+    arguments = on(backend, problem())
+    before = arguments["logits"].clone()
+    if needs_grad:
+        arguments["logits"] = arguments["logits"].requires_grad_().view(11, 1000)
+    message = re.escape(f"normaliser: expected one number, got {got}")
+    with pytest.raises(ValueError, match=message):
+        ops.weighted_cross_entropy(
+            **arguments, normaliser=normaliser.to(backend.device),
+            inplace_backward=inplace_backward, impl=impl,
+        )  # fmt: skip
+    assert torch.equal(arguments["logits"], before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_tensor_of_one_number_is_a_normaliser(shape, backend):
+    arguments = on(backend, problem())
+    normaliser = torch.full(shape, 7.0, device=backend.device)
+    expected = ops.weighted_cross_entropy(**arguments, normaliser=7.0, impl=backend.impl)
+    actual = ops.weighted_cross_entropy(**arguments, normaliser=normaliser, impl=backend.impl)
+    assert torch.equal(actual.loss, expected.loss)
+
+
 def test_there_is_no_triton_version(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from enum import StrEnum
@@ -45,6 +46,8 @@ ELEMENT_TYPES = {
     Impl.REFERENCE: _FLOATS,
 }
 """What tensors of logits, and of q, k and v of row kernels, may hold."""
+
+FLOAT32_MAX: float = torch.finfo(torch.float32).max
 
 Size: TypeAlias = int | str | None
 """An exact size, or any size: a name is shown in messages, None is shown as `*`."""
@@ -164,6 +167,31 @@ def _fits(actual: Sequence[int], expected: Sequence[Size]) -> bool:
         if isinstance(wanted, int) and size != wanted:
             return False
     return True
+
+
+def check_one_number(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` has exactly one element, of any shape and dtype.
+
+    Raises:
+        ValueError: For example "normaliser: expected one number, got float64 [2]".
+    """
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"{name}: expected one number, "
+            f"got {_dtype_name(tensor.dtype)} {_shape_name(tensor.shape)}"
+        )
+
+
+def check_rows_apart(name: str, tensor: Tensor) -> None:
+    """Raise if rows of `tensor`, which are written, share memory; within one, nothing has gaps.
+
+    Raises:
+        ValueError: For example "q: expected rows that do not overlap, got strides (0, 16, 1)".
+    """
+    if len(tensor) > 1 and tensor.stride(0) < math.prod(tensor.shape[1:]):
+        raise ValueError(
+            f"{name}: expected rows that do not overlap, got strides {tensor.stride()}"
+        )
 
 
 def check_no_grad(op: str, **tensors: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from pdiff_runtime.ops._library import (
     ELEMENT_TYPES,
     Impl,
     check_no_grad,
+    check_rows_apart,
     check_tensor,
     cuda_stream,
     library,
@@ -37,7 +38,7 @@ def rope_kv_write_(
 
     Half-split rotary in float arithmetic: element i of a head is rotated with element
     i + head_dim / 2. Rows of q, k and v may be any stride apart, so they can be parts of one
-    projection's output.
+    projection's output; those of q and of k may not overlap, because they are written.
 
     Args:
         q: ``[rows, num_heads_q, head_dim]`` float32 or bfloat16, on a GPU float16 too, rotated in
@@ -82,6 +83,13 @@ def _run(
     rows, num_heads_q, head_dim = q.shape
     _check_rows("k", k, q.dtype, (rows, "num_heads_kv", head_dim), device)
     num_heads_kv = k.shape[1]
+    if num_heads_q == 0 or num_heads_kv == 0 or head_dim == 0:
+        name, x = ("q", q) if num_heads_q == 0 or head_dim == 0 else ("k", k)
+        raise ValueError(
+            f"{name}: expected at least one head and element of a head, got {list(x.shape)}"
+        )
+    check_rows_apart("q", q)
+    check_rows_apart("k", k)
     if head_dim % 2 != 0:
         raise ValueError(f"q: expected an even head_dim, got {head_dim}")
     check_tensor("cos", cos, torch.float32, ("max_position", head_dim // 2), device)

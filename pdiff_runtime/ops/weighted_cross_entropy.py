@@ -13,6 +13,8 @@ from pdiff_runtime.ops._library import (
     DTYPE_CODES,
     ELEMENT_TYPES,
     Impl,
+    check_one_number,
+    check_rows_apart,
     check_tensor,
     cuda_stream,
     library,
@@ -57,8 +59,9 @@ def weighted_cross_entropy(
         labels: ``[rows]`` int64; rows with -100 are ignored and get gradient 0.
         weight: ``[rows]`` float32.
         kind: ``[rows]`` uint8, 0 (plan) or 1 (span).
-        normaliser: What the sum is divided by; 0 gives loss 0 and gradient 0. No gradient flows
-            into it. A tensor on the GPU stays there: nothing waits for its value.
+        normaliser: What the sum is divided by, a number or a tensor of one element; 0 gives loss 0
+            and gradient 0. No gradient flows into it. A tensor on the GPU stays there: nothing
+            waits for its value.
         inplace_backward: Write the gradient over the logits' memory during the forward, which saves
             a buffer of their size. The logits are then unusable, and an op before this one that
             kept them for its own backward makes that backward raise. Eager mode only: a compiled
@@ -112,13 +115,12 @@ def _run(
     rows, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits: expected rows without gaps, got strides {logits.stride()}")
-    if rows > 1 and logits.stride(0) < vocab_size:
-        raise ValueError(
-            f"logits: expected rows that do not overlap, got strides {logits.stride()}"
-        )
+    check_rows_apart("logits", logits)
     check_tensor("labels", labels, torch.int64, (rows,), device)
     check_tensor("weight", weight, torch.float32, (rows,), device)
     check_tensor("kind", kind, torch.uint8, (rows,), device)
+    if isinstance(normaliser, Tensor):
+        check_one_number("normaliser", normaliser)
     if choice is Impl.REFERENCE:
         return reference.weighted_cross_entropy(
             logits, labels, weight, kind, float(normaliser), dlogits
