@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
+import math
+import re
 
 import pytest
 import torch
 from on_backends import backend_fixture
 
-from pdiff_runtime.ops import AttentionPlan, hybrid_attention, reference
+from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
-from pdiff_runtime.testing import assert_within_budget, use_isa
+from pdiff_runtime.testing import Backend, assert_within_budget, use_isa
 from pdiff_runtime.testing.problems import LAYOUTS, AttentionProblem, layout_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -356,7 +358,7 @@ def bad(**changes):
         (bad(k=lambda k: k.bfloat16()), "q, k, v: expected float32 or bfloat16, all the same"),
         (bad(k=lambda k: k.to("meta")), "q, k, v: expected tensors on cpu"),
         (bad(q=lambda q: q.transpose(1, 2).contiguous().transpose(1, 2)), "q: expected contiguous"),
-        (bad(softmax_scale=-0.5), "softmax_scale: expected >= 0, got -0.5"),
+        (bad(softmax_scale=-0.5), "softmax_scale: expected a finite number >= 0, got -0.5"),
         (bad(impl="cuda"), "impl: cuda is not available on cpu|plan: expected one packed for cuda"),
         (bad(impl="fast"), "impl: expected one of"),
     ],
@@ -375,7 +377,7 @@ def test_wrong_arguments_are_named(args, message):
         ("q", lambda q: q.double(), "q.*: expected float32 or bfloat16.*got.*float64"),
         ("k", lambda k: k.bfloat16(), "k.*: expected .*float32.*got.*bfloat16"),
         ("v", lambda v: v.mT.contiguous().mT, "v: expected contiguous heads and elements"),
-        ("softmax_scale", lambda _: -0.5, "softmax_scale: expected >= 0, got -0.5"),
+        ("softmax_scale", lambda _: -0.5, "softmax_scale: expected a finite number >= 0, got -0.5"),
     ],
 )
 def test_each_backend_names_wrong_arguments(name, change, message, backend):
@@ -385,6 +387,19 @@ def test_each_backend_names_wrong_arguments(name, change, message, backend):
     args[name] = change(args.get(name))
     with pytest.raises(ValueError, match=message):
         hybrid_attention(**args)
+
+
+@pytest.mark.parametrize("softmax_scale", [math.inf, math.nan, -0.5, 1e39])
+@pytest.mark.parametrize("impl", Impl)
+def test_every_implementation_refuses_a_scale_that_is_not_finite(impl, softmax_scale):
+    backend = Backend(impl)
+    if backend.missing:
+        pytest.skip(backend.missing)
+    problem = AttentionProblem("one_span")
+    plan = plan_for(problem, backend)
+    message = f"softmax_scale: expected a finite number >= 0, got {softmax_scale}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hybrid_attention(*problem.inputs(plan), plan, softmax_scale, impl=impl)
 
 
 def test_gradients_need_packed_keys(backend):

@@ -158,7 +158,7 @@ def test_a_nan_row_stays_alone():
         ("v", lambda v: v.mT.contiguous().mT, "v: expected contiguous heads and elements"),
         ("k", lambda k: k.new_zeros(158, 132)[:, :128].unflatten(1, (2, 64)), "k: expected rows "),
         ("q", lambda q: q.new_zeros(q.numel() + 1)[1:].view_as(q), "q: expected memory aligned"),
-        ("softmax_scale", lambda _: -0.5, "softmax_scale: expected >= 0, got -0.5"),
+        ("softmax_scale", lambda _: -0.5, "softmax_scale: expected a finite number >= 0, got -0.5"),
     ],
 )
 def test_wrong_arguments_are_named(name, change, message):

@@ -197,7 +197,8 @@ class AttentionPlan:
         """Plan attention over whole sequences, as ``SpanLayout.from_tokens`` reads them.
 
         On a GPU the plan is built there, and nothing waits for it: a graph may capture it, and what
-        is wrong with the tokens shows in :meth:`check`. Such a plan has no ``layouts``.
+        is wrong with the tokens shows in :meth:`check`. Attention with such a plan in error writes
+        nothing: its results are memory as it was allocated. A plan built there has no ``layouts``.
 
         Args:
             token_ids: ``[total]`` int64, the sequences one after another.
@@ -257,7 +258,8 @@ class AttentionPlan:
     def check(self) -> None:
         """Wait for a plan that a GPU builds, and raise what is wrong with its tokens.
 
-        Without this call attention over such a plan does not write its results.
+        Attention with a plan in error writes nothing, forward or backward: without this call
+        results that hold whatever was in their memory go unnoticed.
 
         Raises:
             ValueError: A span is inside a span, ``max_tags`` is too small, ``cu_seqlens`` does not

@@ -12,6 +12,7 @@ from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
     DTYPE_CODES,
     ELEMENT_TYPES,
+    FLOAT32_MAX,
     Impl,
     check_tensor,
     cuda_stream,
@@ -72,9 +73,10 @@ def hybrid_attention(
             all sequences.
         k: ``[total_kv, num_heads_kv, head_dim]``, or
             ``[num_pages, page_size, num_heads_kv, head_dim]`` if the plan has a page table.
-        v: As ``k``.
-        plan: From :meth:`AttentionPlan.pack`.
-        softmax_scale: Not negative; ``head_dim ** -0.5`` if None.
+        v: As ``k``. Values of all keys of a sequence must be finite, of those that a row does not
+            see too: inside a tile they are multiplied by 0, and 0 * inf is NaN.
+        plan: From :meth:`AttentionPlan.pack` or :meth:`AttentionPlan.from_tokens`.
+        softmax_scale: Finite and not negative; ``head_dim ** -0.5`` if None.
         return_lse: Also return the logarithm of each row's sum.
 
     Returns:
@@ -87,11 +89,13 @@ def hybrid_attention(
     """
     if softmax_scale is None:
         softmax_scale = plan.head_dim**-0.5
+    if not 0 <= softmax_scale <= FLOAT32_MAX:
+        raise ValueError(f"softmax_scale: expected a finite number >= 0, got {softmax_scale}")
     lse: Tensor | None
     choice = _select(impl, q, plan)
     if choice in (Impl.CUDA, Impl.TRITON):
         dtypes = _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES[choice]
-        _check(q, k, v, plan, softmax_scale, dtypes)
+        _check(q, k, v, plan, dtypes)
     if choice is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
     elif torch.compiler.is_compiling() or (
@@ -131,7 +135,6 @@ def _check(
     k: Tensor,
     v: Tensor,
     plan: AttentionPlan,
-    softmax_scale: float,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Raise unless the tensors are what the plan, whose words are on the device, expects."""
@@ -149,8 +152,6 @@ def _check(
             raise ValueError(
                 f"{name}: expected contiguous heads and elements, got strides {x.stride()}"
             )
-    if not softmax_scale >= 0:
-        raise ValueError(f"softmax_scale: expected >= 0, got {softmax_scale}")
 
 
 def _forward(
