@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import sass
+import torch
 import triton_kernels
 
 pytest.importorskip("triton")
@@ -93,3 +95,21 @@ def test_logits_are_read_sixteen_bytes_at_a_time(arch, folder):
     code = machine_code(folder / f"sm_{arch}-score_greedy.cubin")
     assert any(i.opcode.startswith("LDG") and ".128" in i.opcode for i in code)
     assert not any(i.opcode.startswith("LDG") and ".U16" in i.opcode for i in code)
+
+
+@pytest.mark.parametrize(
+    "op", ["hybrid_attention", "hybrid_attention_backward", "rope_kv_write", "unmask"]
+)
+def test_kernels_are_launched_on_the_device_of_the_tensors(op, monkeypatch):
+    from pdiff_runtime.ops import triton
+
+    class Entered(Exception):
+        pass
+
+    def enter(device):
+        raise Entered(device)
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    stand_in = types.SimpleNamespace(is_cuda=True, device="cuda:1")
+    with pytest.raises(Entered, match="cuda:1"):
+        getattr(triton, op)(stand_in)

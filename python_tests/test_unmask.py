@@ -10,7 +10,7 @@ from on_backends import backend_fixture
 
 from pdiff_runtime import _C, ops
 from pdiff_runtime.ops import Impl, Rule, reference
-from pdiff_runtime.testing import use_isa
+from pdiff_runtime.testing import Backend, use_isa
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 VOCAB_SIZES = [1, 7, 17, 1000, 4096, 33_003]
@@ -361,6 +361,41 @@ def test_on_a_gpu_what_is_out_of_range_is_not_written(backend):
     assert (token_ids == -5).sum() == len(token_ids) - 1
 
 
+def test_on_a_gpu_a_row_of_no_span_is_not_written(backend):
+    if backend.impl is ops.Impl.CPU:
+        pytest.skip("a CPU refuses it")
+    logits, position = random_logits(6, 40), spans_of(6, quotas=[6])[0]
+    settings = {
+        "temperature": torch.full((2,), 0.7), "top_p": torch.full((2,), 0.9),
+        "top_k": int32(5, 5), "alg_temp": torch.full((2,), 0.5), "step_idx": int32(3, 3),
+        "threshold": torch.zeros(2),
+    }  # fmt: skip
+    for rule in ("entropy", "threshold"):
+        spans = position, int32(2, 3, 5), int32(9, 9)
+        token_ids, stats = run(logits, spans, backend=backend, rule=rule, **settings)
+        assert stats.is_written.tolist() == [False, False, True, True, True, False]
+        assert (token_ids == -5).sum() == len(token_ids) - 3
+
+
+def test_on_a_gpu_settings_of_no_span_are_not_read(backend):
+    if backend.impl is ops.Impl.CPU:
+        pytest.skip("a CPU refuses it")
+    # Each setting is the empty end of a tensor in which the last element would be a NaN or huge.
+    floats, ints = torch.full((4,), math.nan), torch.full((4,), 2**31 - 1, dtype=torch.int32)
+    floats, ints = floats.to(backend.device), ints.to(backend.device)
+    settings = {
+        **dict.fromkeys(("temperature", "top_p", "alg_temp", "threshold"), floats[4:]),
+        **dict.fromkeys(("top_k", "step_idx"), ints[4:]),
+    }
+    spans = spans_of(6, quotas=[6])[0], int32(0), int32()
+    token_ids, stats = run(random_logits(6, 40), spans, backend=backend, **settings)
+    assert not stats.is_written.any()
+    assert (token_ids == -5).all()
+    if backend.impl is ops.Impl.TRITON:  # 0 of each, as what is out of range counts
+        assert stats.confidence.isfinite().all()
+        assert torch.equal(stats.candidate, random_logits(6, 40).argmax(1))
+
+
 @pytest.mark.parametrize("settings", settings_few("hot", "both_filters"))
 def test_a_captured_graph_unmasks_again(settings, backend):
     if backend.device.type != "cuda":
@@ -493,12 +528,22 @@ def arguments(vocab_size=40, dtype=F32):
         ({"temperature": -1.0}, "expected a finite number >= 0, got -1"),
         ({"temperature": math.nan}, "expected a finite number >= 0, got nan"),
         ({"temperature": math.inf}, "expected a finite number >= 0, got inf"),
+        ({"temperature": 1e39}, "expected a finite number >= 0, got 1e+39"),
         ({"temperature": "hot"}, "expected a number or a tensor [num_spans], got 'hot'"),
         ({"temperature": torch.zeros(3)}, "expected float32 [2], got float32 [3]"),
         ({"top_p": -0.5}, "expected >= 0, got -0.5"),
-        ({"top_k": -3}, "expected >= 0, got -3"),
+        ({"top_k": -3}, "expected 0 to 2147483647, got -3"),
+        ({"top_k": 2**40}, "expected 0 to 2147483647, got 1099511627776"),
+        ({"step_idx": 2**31}, "expected 0 to 2147483647, got 2147483648"),
+        ({"step_idx": -1}, "expected 0 to 2147483647, got -1"),
         ({"top_k": 1.5}, "expected an integer or a tensor [num_spans], got 1.5"),
+        ({"top_p": math.nan}, "expected >= 0, got nan"),
+        ({"top_p": None}, "expected a number or a tensor [num_spans], got None"),
         ({"alg_temp": -1.0}, "expected >= 0, got -1"),
+        ({"alg_temp": math.nan}, "expected >= 0, got nan"),
+        ({"threshold": math.nan}, "expected a number, got nan"),
+        ({"threshold": math.nan, "rule": "threshold"}, "expected a number, got nan"),
+        ({"logits": torch.zeros(6, 0)}, "expected a vocab_size >= 1, got 0"),
         ({"banned_ids": torch.tensor([3, 40])}, "[1]: expected 0 to 39, got 40"),
         ({"seeds": torch.zeros(5, dtype=torch.int64)}, "expected int64 [6], got int64 [5]"),
         ({"positions": torch.zeros(6)}, "expected int32 [6], got float32 [6]"),
@@ -517,6 +562,42 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(changed, message):
     with pytest.raises(ValueError, match=f"{name}.*{re.escape(message)}"):
         ops.unmask_(**inputs)
     assert torch.equal(inputs["token_ids"], before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1"),
+        ({"temperature": math.inf}, "temperature: expected a finite number >= 0, got inf"),
+        ({"top_p": math.nan}, "top_p: expected >= 0, got nan"),
+        ({"alg_temp": math.nan}, "alg_temp: expected >= 0, got nan"),
+        ({"threshold": math.nan}, "threshold: expected a number, got nan"),
+        ({"top_k": 2**40}, "top_k: expected 0 to 2147483647, got 1099511627776"),
+        ({"step_idx": 2**31}, "step_idx: expected 0 to 2147483647, got 2147483648"),
+        ({"logits": torch.zeros(6, 0)}, "logits: expected a vocab_size >= 1, got 0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("impl", Impl)
+def test_every_implementation_refuses_numbers_and_sizes_alike(impl, changed, message):
+    backend = Backend(impl)
+    if backend.missing:
+        pytest.skip(backend.missing)
+    inputs = {
+        name: x.to(backend.device) if isinstance(x, torch.Tensor) else x
+        for name, x in (arguments() | changed).items()
+    }
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.unmask_(**inputs, impl=impl)
+    assert not inputs["token_ids"].any()
+
+
+def test_a_compiled_step_refuses_numbers_too():
+    compiled = torch.compile(lambda inputs: ops.unmask_(**inputs, top_k=2**40))
+    inputs = arguments()
+    with pytest.raises(ValueError, match="top_k: expected 0 to 2147483647, got 1099511627776"):
+        compiled(inputs)
+    assert not inputs["token_ids"].any()
 
 
 def test_logits_that_require_grad_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
     DTYPE_CODES,
     ELEMENT_TYPES,
+    FLOAT32_MAX,
     Impl,
     check_no_grad,
     check_tensor,
@@ -71,6 +73,15 @@ class _Settings(NamedTuple):
 _SETTING_DTYPES = (
     torch.float32, torch.float32, torch.int32, torch.float32, torch.float32, torch.int32,
 )  # fmt: skip
+_SETTING_RANGES = (
+    (0.0, FLOAT32_MAX, "a finite number >= 0"),
+    (0.0, math.inf, ">= 0"),
+    (0, 2**31 - 1, "0 to 2147483647"),
+    (0.0, math.inf, ">= 0"),
+    (-math.inf, math.inf, "a number"),
+    (0, 2**31 - 1, "0 to 2147483647"),
+)
+"""The least and the largest number of each setting, and what messages say; NaN is in none."""
 _RULE_CODES = {rule: code for code, rule in enumerate(Rule)}
 
 
@@ -138,6 +149,7 @@ def unmask_(
     """
     rule = _checked_rule(rule, threshold)
     settings = _Settings(temperature, top_p, top_k, alg_temp, threshold, step_idx)
+    _check_numbers(settings)
     if torch.compiler.is_compiling():
         result = torch.ops.pdiff.unmask_(
             token_ids, logits, row_position, cu_rows_span, num_unmask, rule,
@@ -178,6 +190,8 @@ def _run(
     num_rows, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits: expected rows without gaps, got strides {logits.stride()}")
+    if vocab_size == 0:
+        raise ValueError("logits: expected a vocab_size >= 1, got 0")
     check_tensor("token_ids", token_ids, torch.int64, ("total_tokens",), device)
     check_tensor("row_position", row_position, torch.int32, (num_rows,), device)
     check_tensor("num_unmask", num_unmask, torch.int32, ("num_spans",), device)
@@ -194,8 +208,6 @@ def _run(
     for name, value, dtype in zip(_Settings._fields, settings, _SETTING_DTYPES, strict=True):
         if isinstance(value, Tensor):
             check_tensor(name, value, dtype, (num_spans,), device)
-        elif value is not None:
-            _check_number(name, value, dtype)
 
     if choice is Impl.REFERENCE:
         return UnmaskStats(
@@ -249,11 +261,18 @@ def _checked_rule(rule: Rule | str, threshold: float | Tensor | None) -> Rule:
     return checked
 
 
-def _check_number(name: str, value: object, dtype: torch.dtype) -> None:
-    kind = (int, float) if dtype.is_floating_point else int
-    if not isinstance(value, kind):
-        what = "a number" if dtype.is_floating_point else "an integer"
-        raise ValueError(f"{name}: expected {what} or a tensor [num_spans], got {value!r}")
+def _check_numbers(settings: _Settings) -> None:
+    """Raise for a number that is out of range; what a tensor holds is for the kernel to see."""
+    for name, value, dtype, (least, largest, range_name) in zip(
+        _Settings._fields, settings, _SETTING_DTYPES, _SETTING_RANGES, strict=True
+    ):
+        if isinstance(value, Tensor) or (value is None and name == "threshold"):
+            continue
+        if not isinstance(value, (int, float) if dtype.is_floating_point else int):
+            what = "a number" if dtype.is_floating_point else "an integer"
+            raise ValueError(f"{name}: expected {what} or a tensor [num_spans], got {value!r}")
+        if not least <= value <= largest:
+            raise ValueError(f"{name}: expected {range_name}, got {value}")
 
 
 def _address_and_value(setting: float | Tensor | None) -> tuple[int, float]:

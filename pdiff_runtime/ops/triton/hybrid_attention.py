@@ -28,6 +28,7 @@ from pdiff_runtime.ops.triton.blocks import (
 from pdiff_runtime.ops.triton.launch import (
     HOPPER_SHARED_BYTES,
     Config,
+    launches_on_its_device,
     multiprocessors,
     padded_head_dim,
 )
@@ -173,6 +174,7 @@ def forward_kernel(
                 tl.store(lse + head.to(tl.int64) * total_q + row, log_sum, mask=is_row)
 
 
+@launches_on_its_device
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, words: Tensor, softmax_scale: float, lse: Tensor | None
 ) -> Tensor:

@@ -30,6 +30,7 @@ from pdiff_runtime.ops.triton.hybrid_attention import LOG2_E
 from pdiff_runtime.ops.triton.launch import (
     HOPPER_SHARED_BYTES,
     Config,
+    launches_on_its_device,
     multiprocessors,
     padded_head_dim,
 )
@@ -284,6 +285,7 @@ def dk_dv_kernel(
             store_rows(dv, offset, acc_dv, is_key, HEAD_DIM, BLOCK_D)
 
 
+@launches_on_its_device
 def hybrid_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,

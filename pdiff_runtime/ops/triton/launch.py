@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 INTERPRETED_PROGRAMS = 3
 """Few enough that each of them takes several turns."""
 HOPPER_SHARED_BYTES = 227 * 1024
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def launches_on_its_device(
+    function: Callable[Concatenate[Tensor, P], T],
+) -> Callable[Concatenate[Tensor, P], T]:
+    """Of a function that launches kernels: on the GPU of its first argument, not the current one,
+    which is where Triton launches."""
+
+    @functools.wraps(function)
+    def on_its_device(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not tensor.is_cuda:
+            return function(tensor, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(tensor, *args, **kwargs)
+
+    return on_its_device
 
 
 class Multiprocessors(NamedTuple):

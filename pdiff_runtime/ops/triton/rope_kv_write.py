@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdiff_runtime.ops.triton.launch import launches_on_its_device
+
 MOST_ELEMENTS = 4096
 """Of a block, which is some heads of one row."""
 
@@ -68,6 +70,7 @@ def rope_kv_write_kernel(
                 tl.store(v_cache + token + at, value, mask=here)
 
 
+@launches_on_its_device
 def rope_kv_write(
     q: Tensor,
     k: Tensor,

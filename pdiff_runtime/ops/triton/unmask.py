@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdiff_runtime.ops.triton.gumbel import POSITION, TOKEN, gumbel, random_words
-from pdiff_runtime.ops.triton.launch import multiprocessors
+from pdiff_runtime.ops.triton.launch import launches_on_its_device, multiprocessors
 
 ENTROPY, PROBABILITY, MARGIN, THRESHOLD = (tl.constexpr(code) for code in range(4))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,9 +59,9 @@ def _span_of(cu_rows_span, num_spans, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _setting(values, value, span, num_spans):
-    """Of one span: `value` unless every span has its own."""
+    """Of one span: `value` unless every span has its own; 0 for a row of none."""
     if values is not None:
-        value = tl.load(values + tl.minimum(span, num_spans - 1))
+        value = tl.load(values + span, mask=span < num_spans, other=0)
     return value
 
 
@@ -494,6 +494,7 @@ def select_kernel(
         before = before & (other >= begin[:, None]) & (other < end[:, None])
         rank += tl.sum(before.to(tl.int32), axis=1)
 
+    in_span = in_span & (row >= begin)  # a row before the first span is of none
     chosen = in_span & (rank < tl.load(num_unmask + span, mask=in_span, other=0))
     if RULE == THRESHOLD:
         least = threshold
@@ -530,17 +531,7 @@ def _pair(setting: Any, kind: type = float) -> tuple[Tensor | None, float]:
     return (setting, kind()) if isinstance(setting, Tensor) else (None, kind(setting))
 
 
-def check_numbers(**settings: Any) -> None:
-    """Raise for a number that is out of range; what a tensor holds stays on the device."""
-    for name, value in settings.items():
-        if isinstance(value, Tensor):
-            continue
-        if name == "temperature" and not 0 <= value <= FLOAT_MAX.value:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {value}")
-        if not value >= 0:
-            raise ValueError(f"{name}: expected >= 0, got {value}")
-
-
+@launches_on_its_device
 def unmask(
     token_ids: Tensor,
     logits: Tensor,
@@ -564,8 +555,7 @@ def unmask(
     positions: Tensor | None,
     num_masked: Tensor | None,
 ) -> None:
-    """See :func:`pdiff_runtime.ops.unmask_`, which has checked shapes; fills the statistics."""
-    check_numbers(temperature=temperature, top_p=top_p, top_k=top_k, alg_temp=alg_temp)
+    """See :func:`pdiff_runtime.ops.unmask_`, which has checked what it can; fills statistics."""
     num_rows, vocab_size = logits.shape
     num_spans = len(num_unmask)
     if num_rows == 0:
