@@ -24,8 +24,9 @@ NAMES = [
     *ATTENTION, "delta", "rope_kv_write", "score_greedy", "score_filtered", "finish_greedy",
     "finish_filtered", "select", "ban",
 ]  # fmt: skip
-MOST_STACK_BYTES = 64
-"""Of the one kernel that keeps a few numbers of a task there while it walks the task's rows."""
+MOST_STACK_BYTES = 128
+"""Of the one kernel that keeps a few numbers of a task there while it walks the task's rows; Triton
+3.7 makes them 36 bytes at most, 3.9 up to 80."""
 PRODUCT = {80: "HMMA", 90: "HGMMA"}
 
 
@@ -92,9 +93,15 @@ def test_full_tiles_carry_no_mask(name, arch, folder):
 
 
 def test_logits_are_read_sixteen_bytes_at_a_time(arch, folder):
+    """In the loop over a segment; what is left of a row may be read by elements."""
     code = machine_code(folder / f"sm_{arch}-score_greedy.cubin")
-    assert any(i.opcode.startswith("LDG") and ".128" in i.opcode for i in code)
-    assert not any(i.opcode.startswith("LDG") and ".U16" in i.opcode for i in code)
+    loops = [sass.instructions_in(loop) for loop in sass.loops_of(code)]
+    streams = [loop for loop in loops if sass.has(loop, "MUFU.EX2")]
+    assert streams
+    for loop in streams:
+        loads = [i.opcode for i in loop if i.opcode.startswith("LDG")]
+        assert any(".128" in opcode for opcode in loads), loads
+        assert not any(".U16" in opcode for opcode in loads), loads
 
 
 @pytest.mark.parametrize(
