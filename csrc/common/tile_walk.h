@@ -125,15 +125,22 @@ PDIFF_HD void visible_in_run(const SegmentsView& view, int32_t segment, int32_t 
   }
 }
 
-/// How many keys of the run one row sees, from the run's first key on. `segment` is the first that
-/// may hold the row.
+/// The segment that holds a row, or -1: a layout's segments may leave rows out. `first` is the
+/// first that may.
+PDIFF_HD int32_t segment_of_row(const SegmentsView& view, int32_t first, int32_t row) {
+  const int32_t s = find_segment(view, first, view.num_segments, row);
+  return s < view.num_segments && view.segments[s].q_lo <= row ? s : -1;
+}
+
+/// How many keys of the run one row sees, from the run's first key on. `segment` is the row's.
 PDIFF_HD int32_t visible_to_row(const SegmentsView& view, int32_t segment, int32_t row,
                                 const KeyRun& run) {
-  const int32_t s = find_segment(view, segment, view.num_segments, row);
-  if (s == view.num_segments || view.segments[s].q_lo > row) return 0;
-  const int32_t interval = find_interval(view, s, run.key_lo);
-  if (interval == view.interval_ptr[s + 1] || view.intervals[interval].lo != run.key_lo) return 0;
-  const int32_t end = interval_end(view, s, interval, row);
+  if (segment < 0) return 0;
+  const int32_t interval = find_interval(view, segment, run.key_lo);
+  if (interval == view.interval_ptr[segment + 1] || view.intervals[interval].lo != run.key_lo) {
+    return 0;
+  }
+  const int32_t end = interval_end(view, segment, interval, row);
   return end > run.key_lo ? end - run.key_lo : 0;
 }
 

@@ -13,7 +13,22 @@ inline int random_int(std::mt19937& random, int lo, int hi) {
   return std::uniform_int_distribution<int>(lo, hi)(random);
 }
 
-/// Any segments at all, more than a model's text ever makes of them.
+/// The layout without some of its segments: their rows see nothing.
+inline SpanLayout with_gaps(std::mt19937& random, const SpanLayout& layout) {
+  SpanLayout kept;
+  kept.num_rows = layout.num_rows;
+  kept.num_keys = layout.num_keys;
+  for (int s = 0; s < layout.num_segments(); ++s) {
+    if (random_int(random, 0, 1) == 0) continue;
+    kept.segments.push_back(layout.segments[s]);
+    kept.intervals.insert(kept.intervals.end(), layout.intervals.begin() + layout.interval_ptr[s],
+                          layout.intervals.begin() + layout.interval_ptr[s + 1]);
+    kept.interval_ptr.push_back(static_cast<int32_t>(kept.intervals.size()));
+  }
+  return kept;
+}
+
+/// Any segments at all, more than a model's text ever makes of them; every fourth layout has gaps.
 inline SpanLayout random_layout(std::mt19937& random, int max_keys = 90, int max_rows = 9,
                                 int max_segments = 12) {
   const int num_keys = random_int(random, 0, max_keys);
@@ -35,8 +50,9 @@ inline SpanLayout random_layout(std::mt19937& random, int max_keys = 90, int max
     kinds.push_back(kind);
     interval_ptr.push_back(static_cast<int64_t>(intervals.size() / 2));
   }
-  return layout_from_segments(num_keys, num_segments, num_rows.data(), kinds.data(),
-                              interval_ptr.data(), intervals.data());
+  const SpanLayout layout = layout_from_segments(
+      num_keys, num_segments, num_rows.data(), kinds.data(), interval_ptr.data(), intervals.data());
+  return random_int(random, 0, 3) == 0 ? with_gaps(random, layout) : layout;
 }
 
 /// Text, spans and syncs, as tokens make them.

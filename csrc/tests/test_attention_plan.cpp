@@ -46,7 +46,9 @@ TEST(runs_of_all_tiles_make_the_mask) {
                               visible.data());
         int32_t most = 0;
         for (int r = 0; r < num_rows; ++r) {
-          CHECK_EQ(pdiff::visible_to_row(segments, tile.segment, tile.row_lo + r, run), visible[r]);
+          const int row = tile.row_lo + r;
+          const int segment = pdiff::segment_of_row(segments, tile.segment, row);
+          CHECK_EQ(pdiff::visible_to_row(segments, segment, row, run), visible[r]);
           most = std::max(most, visible[r]);
           pairs += visible[r];
           for (int k = run.key_lo; k < run.key_lo + visible[r]; ++k) {

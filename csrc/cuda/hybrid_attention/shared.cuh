@@ -103,8 +103,10 @@ template <int kHeadDim>
 __device__ __forceinline__ int32_t visible_to(const ForwardParams& params,
                                               const Shared<kHeadDim>& shared, int32_t row,
                                               const KeyRun& run) {
-  const int32_t token = params.by_group.divide(min(row, shared.rows.num_rows - 1));
-  return visible_to_row(shared.walk.view, 0, shared.walk.tile.row_lo + token, run);
+  const SegmentsView& view = shared.walk.view;
+  const int32_t token =
+      shared.walk.tile.row_lo + params.by_group.divide(min(row, shared.rows.num_rows - 1));
+  return visible_to_row(view, segment_of_row(view, 0, token), token, run);
 }
 
 }  // namespace pdiff::cuda::attention

@@ -10,8 +10,11 @@
 // has 64 rows. While its tensor cores add p @ v of one key tile, it works on the scores of the
 // next:
 //
-//   s <- q @ k^T,  m' <- max(m, row_max s),  p <- exp2((s - m') c),  l <- l exp2((m - m') c) + sum
-//   p out <- out exp2((m - m') c) + p @ v           c = softmax_scale * log2(e)
+//   s <- q @ k^T
+//   m' <- max(m, row_max(s))
+//   p <- exp2((s - m') c)
+//   l <- l exp2((m - m') c) + row_sum(p)
+//   out <- out exp2((m - m') c) + p @ v           c = softmax_scale * log2(e)
 
 #include <cuda_runtime.h>
 
@@ -54,20 +57,11 @@ struct Shared {
   unsigned char v[kStages][kPanels][kPanelBytes];
   KeyTileMessage message[kStages];
   int2 v_columns[kStages];  // those that hold keys of the run
+  int32_t segments[kRows];  // of the walked tile's tokens
   int32_t limits[kLimitSlots][kRows];
   CopyBarrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages];
   CopyBarrier v_landed[kStages], v_full[kStages], v_empty[kStages], limits_empty[kLimitSlots];
 };
-
-/// How many keys of a run a row sees; `segment` is the row's.
-__device__ __forceinline__ int32_t visible_keys(const SegmentsView& view, int32_t segment,
-                                                int32_t row, const KeyRun& run) {
-  const int32_t interval = find_interval(view, segment, run.key_lo);
-  if (interval == view.interval_ptr[segment + 1] || view.intervals[interval].lo != run.key_lo) {
-    return 0;
-  }
-  return max(interval_end(view, segment, interval, row) - run.key_lo, 0);
-}
 
 /// The warp that walks tiles and their keys.
 template <typename T, int kHeadDim, bool kPaged>
@@ -75,7 +69,6 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
                                         const TensorMap& k_map, const TensorMap& v_map,
                                         Shared<kHeadDim>& shared) {
   constexpr int kPanels = Shared<kHeadDim>::kPanels;
-  constexpr int kTokensPerLane = kRows / kWarpSize;
   const PlanView plan = plan_view_of(params.plan);
   const int group_size = plan.header.num_heads_q / plan.header.num_heads_kv;
   const int num_items = plan.header.num_tiles * plan.header.num_heads_kv;
@@ -102,11 +95,8 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     const PlanSequence sequence = plan.sequences[tile.sequence];
     const SegmentsView view = segments_of(plan, sequence);
     const int num_tokens = tile.row_hi - tile.row_lo;
-    int32_t segments[kTokensPerLane];
-#pragma unroll
-    for (int i = 0; i < kTokensPerLane; ++i) {
-      const int row = min(tile.row_lo + lane + i * kWarpSize, tile.row_hi - 1);
-      segments[i] = find_segment(view, tile.segment, view.num_segments, row);
+    for (int token = lane; token < num_tokens; token += kWarpSize) {
+      shared.segments[token] = segment_of_row(view, tile.segment, tile.row_lo + token);
     }
 
     if (leads) {
@@ -147,13 +137,9 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     }
     while (has_run) {
       shared.limits_empty[limit_slot.slot()].wait(limit_slot.phase() + 1);
-#pragma unroll
-      for (int i = 0; i < kTokensPerLane; ++i) {
-        const int token = lane + i * kWarpSize;
-        if (token < num_tokens) {
-          shared.limits[limit_slot.slot()][token] =
-              visible_keys(view, segments[i], tile.row_lo + token, run);
-        }
+      for (int token = lane; token < num_tokens; token += kWarpSize) {
+        shared.limits[limit_slot.slot()][token] =
+            visible_to_row(view, shared.segments[token], tile.row_lo + token, run);
       }
       __syncwarp();
       const bool has_following =

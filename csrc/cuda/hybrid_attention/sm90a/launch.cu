@@ -40,14 +40,12 @@ void launch_kernel_of(const HybridAttentionParams& p, float score_scale, int32_t
 
 }  // namespace
 
-const char* why_not(const HybridAttentionParams& p) {
-  if (p.num_keys == 0) return "no keys";
-  if (num_key_tokens(p) > INT_MAX) return "more than 2^31 - 1 keys";
-  if (p.page_size % kBoxKeys != 0) return "pages of no multiple of 64 tokens";
+bool takes_forward(const HybridAttentionParams& p) {
+  // A tensor map's box of keys lies in one page, and all pages are rows of one array.
   const bool is_gapless =
       p.k_page_stride == p.page_size * p.k_stride && p.v_page_stride == p.page_size * p.v_stride;
-  if (p.page_size > 0 && !is_gapless) return "pages with gaps between them";
-  return "";
+  const bool maps_pages = p.page_size == 0 || (p.page_size % kBoxKeys == 0 && is_gapless);
+  return p.num_keys > 0 && num_key_tokens(p) <= INT_MAX && maps_pages;
 }
 
 void launch_forward(const HybridAttentionParams& p, float score_scale, int32_t* ticket,
