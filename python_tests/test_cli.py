@@ -165,7 +165,7 @@ def test_a_cut_answer_says_so(model_dir):
         ([PROMPT, "--top-k", "many"], "Invalid value for '--top-k'"),
         ([PROMPT, "--unmask", "all"], "unmask: expected one of"),
         ([PROMPT, "--unmask", "confidence_threshold"], "threshold: 'confidence_threshold' needs"),
-        ([PROMPT, "--dtype", "float16"], "Invalid value for '--dtype'"),
+        ([PROMPT, "--dtype", "float64"], "Invalid value for '--dtype'"),
         ([PROMPT, "--device", "gpu"], "device: expected cpu, cuda or cuda:N, got 'gpu'"),
         ([PROMPT, "--threads", 0], "Invalid value for '--threads'"),
         ([PROMPT, "--plan", "capital"], "plan: not valid JSON"),

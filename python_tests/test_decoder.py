@@ -73,12 +73,13 @@ def small() -> Decoder:
     return Decoder(config)
 
 
-def test_a_saved_model_loads_the_same(small, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_saved_model_loads_the_same(dtype, small, tmp_path):
     save_model(small, tmp_path, dtype=torch.float32)
-    loaded = load_model(tmp_path, dtype=torch.float32)
+    loaded = load_model(tmp_path, dtype=dtype)
     assert loaded.config == small.config
     for name, parameter in small.named_parameters():
-        assert torch.equal(loaded.get_parameter(name), parameter)
+        assert torch.equal(loaded.get_parameter(name), parameter.to(dtype))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.cos, small.cos)
 

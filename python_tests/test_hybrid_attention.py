@@ -44,7 +44,7 @@ def seed():
 PROBLEMS = [
     AttentionProblem(layouts, *HEADS[i % len(HEADS)], head_dim, dtype, page_size)
     for i, (layouts, head_dim, dtype, page_size) in enumerate(
-        itertools.product(LAYOUTS, HEAD_DIMS, [F32, BF16], [None, 16, 48])
+        itertools.product(LAYOUTS, HEAD_DIMS, [F32, BF16, F16], [None, 16, 48])
     )
 ]
 PACKED = [p for p in PROBLEMS if p.page_size is None]
@@ -157,7 +157,7 @@ def test_outputs_are_written_whole(layouts, dtype, backend, monkeypatch):
     assert_same_bits(torch.autograd.grad(hybrid_attention(*leaves, plan).sum(), leaves), grads)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_bits_ignore_the_number_of_threads(dtype, isa):
     layouts = [layout_of(150, "200", "130", "sync", 600, "300", "sync", 9), layout_of(40, "60")]
     plan = AttentionPlan.pack(layouts, num_heads_q=6, num_heads_kv=2, head_dim=64)
@@ -354,8 +354,8 @@ def bad(**changes):
         (bad(k=lambda k: k[:, :1]), r"k: expected \[158, 2, 64\], got \[158, 1, 64\]"),
         (bad(v=lambda v: v[..., :32]), r"v: expected \[158, 2, 64\], got \[158, 2, 32\]"),
         (bad(v=lambda v: v[None]), r"v: expected \[158, 2, 64\], got \[1, 158, 2, 64\]"),
-        (bad(q=lambda q: q.double()), "q, k, v: expected float32 or bfloat16, all the same"),
-        (bad(k=lambda k: k.bfloat16()), "q, k, v: expected float32 or bfloat16, all the same"),
+        (bad(q=lambda q: q.double()), "q, k, v: expected .* or float16, all the same"),
+        (bad(k=lambda k: k.bfloat16()), "q, k, v: expected .* or float16, all the same"),
         (bad(k=lambda k: k.to("meta")), "q, k, v: expected tensors on cpu"),
         (bad(q=lambda q: q.transpose(1, 2).contiguous().transpose(1, 2)), "q: expected contiguous"),
         (bad(softmax_scale=-0.5), "softmax_scale: expected a finite number >= 0, got -0.5"),
@@ -374,7 +374,7 @@ def test_wrong_arguments_are_named(args, message):
         ("q", lambda q: q[:-1], r"q: expected .*\[158, 4, 64\], got .*\[157, 4, 64\]"),
         ("k", lambda k: k[:, :1], r"k: expected .*\[158, 2, 64\], got .*\[158, 1, 64\]"),
         ("v", lambda v: v[None], r"v: expected .*\[158, 2, 64\], got .*\[1, 158, 2, 64\]"),
-        ("q", lambda q: q.double(), "q.*: expected float32 or bfloat16.*got.*float64"),
+        ("q", lambda q: q.double(), "q.*: expected float32.*bfloat16.*got.*float64"),
         ("k", lambda k: k.bfloat16(), "k.*: expected .*float32.*got.*bfloat16"),
         ("v", lambda v: v.mT.contiguous().mT, "v: expected contiguous heads and elements"),
         ("softmax_scale", lambda _: -0.5, "softmax_scale: expected a finite number >= 0, got -0.5"),

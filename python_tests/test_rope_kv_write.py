@@ -179,7 +179,7 @@ def test_a_captured_cuda_graph_follows_its_inputs(cuda):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"q": torch.zeros(9, 4, 16).double()}, "expected float32 or bfloat16 [rows, num_heads_q"),
+        ({"q": torch.zeros(9, 4, 16).double()}, "bfloat16 or float16 [rows, num_heads_q"),
         ({"q": torch.zeros(9, 16, 4).transpose(1, 2)}, "expected contiguous rows"),
         ({"q": torch.zeros(1, 4, 16).expand(9, -1, -1)}, "do not overlap, got strides (0, 16, 1)"),
         ({"q": torch.zeros(96).as_strided((9, 4, 16), (4, 16, 1))}, "that do not overlap"),

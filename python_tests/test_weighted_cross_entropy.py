@@ -104,7 +104,7 @@ def test_forward_alone_gives_the_same_loss(vocab_size, backend):
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 def test_gradient_of_what_follows_the_loss(dtype, inplace_backward, backend):
     options = {"backend": backend, "inplace_backward": inplace_backward}
     arguments = problem(vocab_size=1003, dtype=dtype)
@@ -282,7 +282,7 @@ def test_inplace_writes_over_the_logits_and_warns_those_who_kept_them():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"logits": torch.zeros(11, 1000).double()}, "expected float32 or bfloat16"),
+        ({"logits": torch.zeros(11, 1000).double()}, "expected float32 or bfloat16 or float16"),
         ({"logits": torch.zeros(1000, 11).T}, "expected rows without gaps"),
         ({"labels": torch.zeros(10, dtype=torch.int64)}, "expected int64 [11], got int64 [10]"),
         ({"labels": torch.full((11,), 1000)}, "[0]: expected 0 to 999 or -100, got 1000"),

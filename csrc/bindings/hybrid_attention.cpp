@@ -65,13 +65,6 @@ void check_pages(const TensorArg& x, const PlanHeader& plan) {
   check_rows(x, plan.num_heads_kv, plan.head_dim);
 }
 
-DType dtype_of(int32_t code) {
-  PDIFF_CHECK(code == static_cast<int32_t>(DType::kFloat32) ||
-                  code == static_cast<int32_t>(DType::kBFloat16),
-              "dtype: expected 0 (float32) or 1 (bfloat16), got ", code);
-  return static_cast<DType>(code);
-}
-
 void forward(int64_t plan_address, int64_t plan_words, int32_t dtype, int64_t q_address,
              const py::tuple& q_shape, const py::tuple& q_strides, int64_t k_address,
              const py::tuple& k_shape, const py::tuple& k_strides, int64_t v_address,
@@ -93,7 +86,7 @@ void forward(int64_t plan_address, int64_t plan_words, int32_t dtype, int64_t q_
   }
   const int token_dim = paged ? 1 : 0;
   const HybridAttentionParams params{.plan = plan,
-                                     .dtype = dtype_of(dtype),
+                                     .dtype = static_cast<DType>(dtype),
                                      .q = q.data,
                                      .k = k.data,
                                      .v = v.data,
@@ -126,7 +119,7 @@ void backward(int64_t plan_address, int64_t plan_words, int32_t dtype, int64_t q
   check_packed(k, h.total_kv, h.num_heads_kv, h.head_dim);
   check_packed(v, h.total_kv, h.num_heads_kv, h.head_dim);
   const HybridAttentionBackwardParams params{.plan = plan,
-                                             .dtype = dtype_of(dtype),
+                                             .dtype = static_cast<DType>(dtype),
                                              .q = q.data,
                                              .k = k.data,
                                              .v = v.data,

@@ -166,14 +166,15 @@ TEST(unmask_writes_the_most_certain_row_and_refuses_a_bad_one) {
   CHECK_EQ(candidate[0], 1);
 }
 
-TEST(cpu_kernels_refuse_halves) {
+TEST(unknown_dtypes_are_refused) {
   pdiff_unmask_args args{};
   const int32_t zero = 0;
   args.cu_rows_span = &zero;
   args.vocab_size = 4;
-  args.logits_dtype = PDIFF_FLOAT16;
+  args.logits_dtype = 3;
   CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_INVALID_ARGUMENT);
-  CHECK(error_mentions("logits_dtype: expected 0 (float32) or 1 (bfloat16), got 2"));
+  CHECK(error_mentions(
+      "logits_dtype: expected PDIFF_FLOAT32, PDIFF_BFLOAT16 or PDIFF_FLOAT16, got 3"));
 }
 
 // Equal keys: every row is the mean of the values it sees.

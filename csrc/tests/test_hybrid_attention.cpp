@@ -1,5 +1,6 @@
 // Every instruction set on buffers of exact size, for the sanitizers, against plain loops.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -14,6 +15,7 @@
 namespace {
 
 using pdiff::bfloat16;
+using pdiff::float16;
 using pdiff::SpanLayout;
 
 float to_float(float x) { return x; }
@@ -24,20 +26,30 @@ float to_float(bfloat16 x) {
   return result;
 }
 
+float to_float(float16 x) {
+  const float magnitude = std::ldexp(static_cast<float>(1024 + (x.bits & 1023)),
+                                     static_cast<int>(x.bits >> 10 & 31) - 25);
+  return x.bits >> 15 != 0 ? -magnitude : magnitude;
+}
+
+void set(float& x, float number) { x = number; }
+void set(bfloat16& x, float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  x.bits = static_cast<uint16_t>(bits >> 16);
+}
+void set(float16& x, float number) {  // of normal halves
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  const uint32_t magnitude = std::max(bits & 0x7fffffffu, 0x38800000u) - 0x38000000u;
+  x.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | magnitude >> 13);
+}
+
 template <typename T>
 std::vector<T> random_numbers(std::mt19937& random, size_t size) {
   std::normal_distribution<float> normal;
   std::vector<T> result(size);
-  for (T& x : result) {
-    const float number = normal(random);
-    if constexpr (std::is_same_v<T, float>) {
-      x = number;
-    } else {
-      uint32_t bits;
-      std::memcpy(&bits, &number, sizeof(bits));
-      x.bits = static_cast<uint16_t>(bits >> 16);
-    }
-  }
+  for (T& x : result) set(x, normal(random));
   return result;
 }
 
@@ -110,8 +122,11 @@ void check_shape(const SpanLayout& layout, int heads, int dim, int page_size) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const Expected expected(layout, heads, dim, scale, q, k, v, dout);
   const bool is_float = std::is_same_v<T, float>;
-  const double tolerance = is_float ? 2e-5 : 6e-2;
-  const pdiff::DType dtype = is_float ? pdiff::DType::kFloat32 : pdiff::DType::kBFloat16;
+  const bool is_float16 = std::is_same_v<T, float16>;
+  const double tolerance = is_float ? 2e-5 : is_float16 ? 8e-3 : 6e-2;
+  const pdiff::DType dtype = is_float     ? pdiff::DType::kFloat32
+                             : is_float16 ? pdiff::DType::kFloat16
+                                          : pdiff::DType::kBFloat16;
 
   // Pages in reverse order; the last slots of the last page hold no key.
   const size_t num_pages = page_size == 0 ? 0 : (keys + page_size - 1) / page_size;
@@ -199,11 +214,13 @@ TEST(agrees_with_plain_loops) {
         for (const int page_size : {0, 7}) {
           check_shape<float>(layout, 3, dim, page_size);
           check_shape<bfloat16>(layout, 3, dim, page_size);
+          check_shape<float16>(layout, 3, dim, page_size);
         }
       }
     }
     check_shape<float>(layouts[1], 150, 16, 0);  // one token's heads fill more than a tile
     check_shape<bfloat16>(layouts[1], 150, 16, 0);
+    check_shape<float16>(layouts[1], 150, 16, 0);
   }
   pdiff::select_isa(nullptr);
 }

@@ -89,6 +89,48 @@ TEST(bfloat16_rounds_to_nearest_even) {
   }
 }
 
+// What a half is worth.
+float value_of(uint32_t half) {
+  const int exponent = static_cast<int>(half >> 10 & 31), fraction = static_cast<int>(half & 1023);
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -24)
+                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return half >> 15 != 0 ? -magnitude : magnitude;
+}
+
+uint32_t to_half(float x) {
+  float16 rounded[kLanes];
+  store(rounded, broadcast(x));
+  return rounded[0].bits;
+}
+
+// Every half, and between it and the next one of its sign the tie and both its neighbours. Past the
+// largest half comes what would be 2^16, and is infinity.
+TEST(float16_rounds_to_nearest_even) {
+  for (uint32_t half = 0; half < 0x10000; ++half) {
+    float16 halves[kLanes];
+    for (float16& x : halves) x.bits = static_cast<uint16_t>(half);
+    float widened[kLanes];
+    store(widened, load(halves));
+    if ((half & 0x7fff) > 0x7c00) {
+      CHECK(widened[0] != widened[0] && (to_half(widened[0]) & 0x7fff) > 0x7c00);
+      continue;
+    }
+    if ((half & 0x7fff) == 0x7c00) {
+      CHECK_EQ(widened[0], half >> 15 != 0 ? -INFINITY : INFINITY);
+      CHECK_EQ(to_half(widened[0]), half);
+      CHECK_EQ(to_half(half >> 15 != 0 ? -3e38f : 3e38f), half);
+      continue;
+    }
+    const float value = value_of(half), tie = 0.5f * (value + value_of(half + 1));
+    CHECK_EQ(to_bits(widened[0]), to_bits(value));
+    CHECK_EQ(to_half(value), half);
+    CHECK_EQ(to_half(std::nextafter(tie, 0.0f)), half);
+    CHECK_EQ(to_half(tie), half + (half & 1));
+    CHECK_EQ(to_half(std::nextafter(tie, 2.0f * value_of(half + 1))), half + 1);
+  }
+}
+
 template <typename T>
 void check_tails(T mark) {
   T in[kLanes + 1], out[kLanes + 1];
@@ -190,6 +232,7 @@ TEST(integers) {
 TEST(tails_touch_nothing_else) {
   check_tails(-1.0f);
   check_tails(bfloat16{0xbf80});
+  check_tails(float16{0xbc00});
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ def load_model(
 
     Args:
         path_or_hub_id: A Hugging Face folder or hub id; None for the bundled model.
-        dtype: The dtype of weights and computation, bfloat16 or float32.
+        dtype: The dtype of weights and computation: bfloat16, float16 or float32.
         device: Where the weights go.
         revision: Of the hub repository.
 
@@ -66,8 +66,8 @@ def load_model(
         ValueError: Not a checkpoint of a supported family, a damaged file, or tensors that do not
             fit; every missing, unexpected and mis-shaped tensor is in the one message.
     """
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype: expected bfloat16 or float32, got {dtype}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
     folder = resolve_checkpoint(path_or_hub_id, revision=revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: no config.json in {folder}")

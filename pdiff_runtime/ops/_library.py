@@ -38,14 +38,8 @@ class Impl(StrEnum):
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`pdiff::DType` by torch dtype."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ELEMENT_TYPES = {
-    Impl.CPU: (torch.float32, torch.bfloat16),
-    Impl.CUDA: _FLOATS,
-    Impl.TRITON: _FLOATS,
-    Impl.REFERENCE: _FLOATS,
-}
-"""What tensors of logits, and of q, k and v of row kernels, may hold."""
+ELEMENT_TYPES = tuple(DTYPE_CODES)
+"""What logits, q, k and v may hold."""
 
 FLOAT32_MAX: float = torch.finfo(torch.float32).max
 

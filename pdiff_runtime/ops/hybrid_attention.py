@@ -22,7 +22,6 @@ from pdiff_runtime.ops._library import (
 )
 from pdiff_runtime.ops.attention_plan import AttentionPlan
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -69,7 +68,7 @@ def hybrid_attention(
     the rest of the batch, nor on how a sequence is split over calls, nor on the number of threads.
 
     Args:
-        q: ``[total_q, num_heads_q, head_dim]`` float32 or bfloat16, on a GPU float16 too; rows of
+        q: ``[total_q, num_heads_q, head_dim]`` float32, bfloat16 or float16; rows of
             all sequences.
         k: ``[total_kv, num_heads_kv, head_dim]``, or
             ``[num_pages, page_size, num_heads_kv, head_dim]`` if the plan has a page table.
@@ -94,7 +93,7 @@ def hybrid_attention(
     lse: Tensor | None
     choice = _select(impl, q, plan)
     if choice in (Impl.CUDA, Impl.TRITON):
-        dtypes = _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES[choice]
+        dtypes = _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES
         _check(q, k, v, plan, dtypes)
     if choice is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
@@ -168,9 +167,9 @@ def _forward(
     if impl is Impl.CUDA:
         return _forward_cuda(q, k, v, plan[0], num_slots, softmax_scale, lse)
     dtype = q.dtype
-    if not (k.dtype is dtype and v.dtype is dtype and dtype in _CPU_DTYPES):
+    if not (k.dtype is dtype and v.dtype is dtype and dtype in ELEMENT_TYPES):
         raise ValueError(
-            "q, k, v: expected float32 or bfloat16, all the same, "
+            "q, k, v: expected float32, bfloat16 or float16, all the same, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if not (q.is_cpu and k.is_cpu and v.is_cpu):

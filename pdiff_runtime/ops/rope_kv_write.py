@@ -41,7 +41,7 @@ def rope_kv_write_(
     projection's output; those of q and of k may not overlap, because they are written.
 
     Args:
-        q: ``[rows, num_heads_q, head_dim]`` float32 or bfloat16, on a GPU float16 too, rotated in
+        q: ``[rows, num_heads_q, head_dim]`` float32, bfloat16 or float16, rotated in
             place.
         k: ``[rows, num_heads_kv, head_dim]``, rotated in place.
         v: ``[rows, num_heads_kv, head_dim]``; not read without caches.
@@ -79,7 +79,7 @@ def _run(
     device = q.device
     choice = select_impl(impl, device)
     check_no_grad("rope_kv_write_", q=q, k=k, v=v)
-    _check_rows("q", q, ELEMENT_TYPES[choice], ("rows", "num_heads_q", "head_dim"), device)
+    _check_rows("q", q, ELEMENT_TYPES, ("rows", "num_heads_q", "head_dim"), device)
     rows, num_heads_q, head_dim = q.shape
     _check_rows("k", k, q.dtype, (rows, "num_heads_kv", head_dim), device)
     num_heads_kv = k.shape[1]

@@ -120,7 +120,7 @@ def unmask_(
 
     Args:
         token_ids: ``[total_tokens]`` int64, written in place.
-        logits: ``[num_rows, vocab_size]`` bfloat16 or float32, on a GPU float16 too, rows any
+        logits: ``[num_rows, vocab_size]`` float32, bfloat16 or float16, rows any
             stride apart; row r already predicts ``token_ids[row_position[r]]``.
         row_position: ``[num_rows]`` int32, ascending within a span.
         cu_rows_span: ``[num_spans + 1]`` int32, from 0 to ``num_rows``.
@@ -182,7 +182,7 @@ def _run(
     check_tensor(
         "logits",
         logits,
-        ELEMENT_TYPES[choice],
+        ELEMENT_TYPES,
         ("num_rows", "vocab_size"),
         device,
         contiguous=False,

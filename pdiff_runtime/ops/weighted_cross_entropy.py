@@ -54,7 +54,7 @@ def weighted_cross_entropy(
     Where the logits require grad, the forward computes the gradient too, while the row is in cache.
 
     Args:
-        logits: ``[rows, vocab_size]`` float32 or bfloat16, on a GPU float16 too; rows any stride
+        logits: ``[rows, vocab_size]`` float32, bfloat16 or float16; rows any stride
             apart.
         labels: ``[rows]`` int64; rows with -100 are ignored and get gradient 0.
         weight: ``[rows]`` float32.
@@ -107,7 +107,7 @@ def _run(
     check_tensor(
         "logits",
         logits,
-        ELEMENT_TYPES[choice],
+        ELEMENT_TYPES,
         ("rows", "vocab_size"),
         device,
         contiguous=False,

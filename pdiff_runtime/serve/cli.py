@@ -158,7 +158,7 @@ def _check_device(name: str) -> None:
 @click.option("--no-grammar", is_flag=True, help="Let the model write malformed plans.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
+    type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     help="Of weights and computation; default bfloat16.",
 )

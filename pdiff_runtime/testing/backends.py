@@ -37,11 +37,10 @@ class Backend:
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Element types it can be tested with."""
-        dtypes = ELEMENT_TYPES[self.impl]
         if self.impl is Impl.TRITON and self.device.type == "cpu":
             # Interpreted, matrix products of bfloat16 are wrong.
-            return tuple(dtype for dtype in dtypes if dtype is not torch.bfloat16)
-        return dtypes
+            return tuple(dtype for dtype in ELEMENT_TYPES if dtype is not torch.bfloat16)
+        return ELEMENT_TYPES
 
     @property
     def is_quick(self) -> bool:

@@ -19,8 +19,8 @@ def assert_within_budget(
         factor: Share of the reference's own error that is allowed.
 
     Infinities must agree exactly, and nothing may be NaN. Rounding is one unit in the last place
-    of the largest value in bfloat16, and eight in float32, where the reference's own error is
-    itself no more than a few.
+    of the largest value in 16 bits, and sixteen in float32, where the reference's own error is
+    itself no more than a few: kernels add up a few hundred products in sequence, torch in blocks.
     """
     assert actual.shape == oracle.shape, f"{name}: {tuple(actual.shape)} != {tuple(oracle.shape)}"
     assert not actual.isnan().any(), f"{name}: NaN at {actual.isnan().nonzero()[0].tolist()}"
@@ -31,7 +31,7 @@ def assert_within_budget(
     expected = oracle[finite]
     error = (actual[finite].double() - expected).abs().max().item()
     reference_error = (low_precision[finite].double() - expected).abs().max().item()
-    ulps = 8 if actual.dtype is torch.float32 else 1
+    ulps = 16 if actual.dtype is torch.float32 else 1
     rounding = ulps * torch.finfo(actual.dtype).eps * max(expected.abs().max().item(), 0.3)
     assert error <= factor * reference_error + rounding, (
         f"{name}: error {error:.3g} > {factor} * {reference_error:.3g} + {rounding:.3g}"

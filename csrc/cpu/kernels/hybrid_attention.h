@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/element.h"
 #include "cpu/kernels/product.h"
 #include "cpu/kernels/rows.h"
 
@@ -177,11 +178,9 @@ int64_t workspace_floats(const PlanHeader& plan) {
 
 void forward_tile_any(const HybridAttentionParams& params, const PlanTile& tile, int kv_head,
                       float* workspace) {
-  if (params.dtype == DType::kFloat32) {
-    forward_tile<float>(params, tile, kv_head, workspace);
-  } else {
-    forward_tile<bfloat16>(params, tile, kv_head, workspace);
-  }
+  with_element(params.dtype, [&](auto element) {
+    forward_tile<decltype(element)>(params, tile, kv_head, workspace);
+  });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu/kernels/backward_task.h"
+#include "cpu/kernels/element.h"
 #include "cpu/kernels/product.h"
 
 namespace pdiff::cpu::PDIFF_ISA {
@@ -144,20 +145,15 @@ int64_t workspace_floats(const PlanHeader& plan) {
 
 void backward_task_any(const HybridAttentionBackwardParams& params,
                        const HybridAttentionBackwardTask& task, float* workspace) {
-  if (params.dtype == DType::kFloat32) {
-    backward_task<float>(params, task, workspace);
-  } else {
-    backward_task<bfloat16>(params, task, workspace);
-  }
+  with_element(params.dtype,
+               [&](auto element) { backward_task<decltype(element)>(params, task, workspace); });
 }
 
 void finish_any(const HybridAttentionBackwardParams& params, int32_t sequence, int32_t kv_head,
                 int num_parts, const float* dk, const float* dv) {
-  if (params.dtype == DType::kFloat32) {
-    finish<float>(params, sequence, kv_head, num_parts, dk, dv);
-  } else {
-    finish<bfloat16>(params, sequence, kv_head, num_parts, dk, dv);
-  }
+  with_element(params.dtype, [&](auto element) {
+    finish<decltype(element)>(params, sequence, kv_head, num_parts, dk, dv);
+  });
 }
 
 }  // namespace

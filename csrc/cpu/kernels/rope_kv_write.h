@@ -4,6 +4,7 @@
 
 #include "common/parallel.h"
 #include "common/positions.h"
+#include "cpu/kernels/element.h"
 #include "cpu/rope_kv_write.h"
 
 namespace pdiff::cpu::PDIFF_ISA {
@@ -55,8 +56,7 @@ void rope_kv_write_of(const RopeKvWriteParams& p) {
 }  // namespace
 
 void rope_kv_write_rows(const RopeKvWriteParams& params) {
-  if (params.dtype == DType::kBFloat16) return rope_kv_write_of<bfloat16>(params);
-  rope_kv_write_of<float>(params);
+  with_element(params.dtype, [&](auto element) { rope_kv_write_of<decltype(element)>(params); });
 }
 
 }  // namespace pdiff::cpu::PDIFF_ISA

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/parallel.h"
+#include "cpu/kernels/element.h"
 #include "cpu/kernels/unmask_block.h"
 #include "cpu/kernels/unmask_filter.h"
 #include "cpu/kernels/unmask_sample.h"
@@ -238,8 +239,8 @@ void score_rows_of(const UnmaskRows& rows) {
 }  // namespace
 
 void score_rows(const UnmaskRows& rows) {
-  if (rows.params.logits_dtype == DType::kBFloat16) return score_rows_of<bfloat16>(rows);
-  score_rows_of<float>(rows);
+  with_element(rows.params.logits_dtype,
+               [&](auto element) { score_rows_of<decltype(element)>(rows); });
 }
 
 }  // namespace pdiff::cpu::PDIFF_ISA

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/parallel.h"
+#include "cpu/kernels/element.h"
 #include "cpu/weighted_cross_entropy.h"
 
 namespace pdiff::cpu::PDIFF_ISA {
@@ -102,10 +103,9 @@ void cross_entropy_rows_of(const WeightedCrossEntropyParams& p, double* cross_en
 }  // namespace
 
 void cross_entropy_rows(const WeightedCrossEntropyParams& params, double* cross_entropy) {
-  if (params.dtype == DType::kBFloat16) {
-    return cross_entropy_rows_of<bfloat16>(params, cross_entropy);
-  }
-  cross_entropy_rows_of<float>(params, cross_entropy);
+  with_element(params.dtype, [&](auto element) {
+    cross_entropy_rows_of<decltype(element)>(params, cross_entropy);
+  });
 }
 
 }  // namespace pdiff::cpu::PDIFF_ISA

@@ -67,10 +67,11 @@ PDIFF_INLINE void store_first(float* p, Vec a, int n) {
   _mm256_maskstore_ps(p, _mm256_castps_si256(first_lanes(n).v), a.v);
 }
 
-PDIFF_INLINE Vec widen(__m128i halves) {
+PDIFF_INLINE Vec widen(__m128i halves, bfloat16) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
 }
-PDIFF_INLINE __m128i narrow(Vec a) {
+PDIFF_INLINE Vec widen(__m128i halves, float16) { return {_mm256_cvtph_ps(halves)}; }
+PDIFF_INLINE __m128i narrow(Vec a, bfloat16) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
@@ -81,18 +82,29 @@ PDIFF_INLINE __m128i narrow(Vec a) {
   const __m256i packed = _mm256_packus_epi32(rounded, rounded);  // within each half
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
+PDIFF_INLINE __m128i narrow(Vec a, float16) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 PDIFF_INLINE int clamped_lanes(int n) { return n < 0 ? 0 : n > Vec::kLanes ? Vec::kLanes : n; }
-PDIFF_INLINE Vec load(const bfloat16* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
-PDIFF_INLINE Vec load_first(const bfloat16* p, int n, float fill = 0.0f) {
-  alignas(16) bfloat16 halves[Vec::kLanes] = {};
-  std::memcpy(halves, p, static_cast<size_t>(clamped_lanes(n)) * sizeof(bfloat16));
+template <typename Half>
+PDIFF_INLINE Vec load(const Half* p) {
+  return widen(_mm_loadu_si128((const __m128i*)p), Half{});
+}
+template <typename Half>
+PDIFF_INLINE Vec load_first(const Half* p, int n, float fill = 0.0f) {
+  alignas(16) Half halves[Vec::kLanes] = {};
+  std::memcpy(halves, p, static_cast<size_t>(clamped_lanes(n)) * sizeof(Half));
   return select(first_lanes(n), load(halves), broadcast(fill));
 }
-PDIFF_INLINE void store(bfloat16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow(a)); }
-PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
-  alignas(16) bfloat16 halves[Vec::kLanes];
+template <typename Half>
+PDIFF_INLINE void store(Half* p, Vec a) {
+  _mm_storeu_si128((__m128i*)p, narrow(a, Half{}));
+}
+template <typename Half>
+PDIFF_INLINE void store_first(Half* p, Vec a, int n) {
+  alignas(16) Half halves[Vec::kLanes];
   store(halves, a);
-  std::memcpy(p, halves, static_cast<size_t>(clamped_lanes(n)) * sizeof(bfloat16));
+  std::memcpy(p, halves, static_cast<size_t>(clamped_lanes(n)) * sizeof(Half));
 }
 
 PDIFF_INLINE VecInt load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }

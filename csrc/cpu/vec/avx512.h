@@ -66,10 +66,11 @@ PDIFF_INLINE void store_first(float* p, Vec a, int n) {
   _mm512_mask_storeu_ps(p, first_lanes(n).bits, a.v);
 }
 
-PDIFF_INLINE Vec widen(__m256i halves) {
+PDIFF_INLINE Vec widen(__m256i halves, bfloat16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
-PDIFF_INLINE __m256i narrow(Vec a) {
+PDIFF_INLINE Vec widen(__m256i halves, float16) { return {_mm512_cvtph_ps(halves)}; }
+PDIFF_INLINE __m256i narrow(Vec a, bfloat16) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(a.v);
 #else
@@ -82,14 +83,26 @@ PDIFF_INLINE __m256i narrow(Vec a) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
 }
-PDIFF_INLINE Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-PDIFF_INLINE Vec load_first(const bfloat16* p, int n, float fill = 0.0f) {
-  const __mmask16 m = first_lanes(n).bits;
-  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m, widen(_mm256_maskz_loadu_epi16(m, p)).v)};
+PDIFF_INLINE __m256i narrow(Vec a, float16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-PDIFF_INLINE void store(bfloat16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow(a)); }
-PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n).bits, narrow(a));
+template <typename Half>
+PDIFF_INLINE Vec load(const Half* p) {
+  return widen(_mm256_loadu_si256((const __m256i*)p), Half{});
+}
+template <typename Half>
+PDIFF_INLINE Vec load_first(const Half* p, int n, float fill = 0.0f) {
+  const __mmask16 m = first_lanes(n).bits;
+  const Vec a = widen(_mm256_maskz_loadu_epi16(m, p), Half{});
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m, a.v)};
+}
+template <typename Half>
+PDIFF_INLINE void store(Half* p, Vec a) {
+  _mm256_storeu_si256((__m256i*)p, narrow(a, Half{}));
+}
+template <typename Half>
+PDIFF_INLINE void store_first(Half* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n).bits, narrow(a, Half{}));
 }
 
 PDIFF_INLINE VecInt load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

@@ -68,11 +68,32 @@ PDIFF_INLINE float float_from_bits(uint32_t bits) {
   return x;
 }
 PDIFF_INLINE float widen(bfloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
+PDIFF_INLINE float widen(float16 x) {
+  const uint32_t sign = uint32_t{x.bits} >> 15 << 31, magnitude = (x.bits & 0x7fffu) << 13;
+  const float scaled = float_from_bits(magnitude) * 0x1p112f;  // the exponents' biases differ
+  const bool is_finite = magnitude < 0x0f800000u;
+  return float_from_bits(sign | (is_finite ? float_bits(scaled) : magnitude | 0x7f800000u));
+}
 // Round to nearest, ties to even; a NaN stays a NaN.
-PDIFF_INLINE bfloat16 narrow(float x) {
+PDIFF_INLINE bfloat16 narrow(float x, bfloat16) {
   const uint32_t bits = float_bits(x);
   const uint32_t rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
   return {static_cast<uint16_t>(rounded >> 16)};
+}
+PDIFF_INLINE float16 narrow(float x, float16) {
+  constexpr uint32_t kInfinity = 0x7c00, kQuiet = 0x0200;
+  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = kInfinity | kQuiet | (magnitude >> 13 & 0x3ffu);
+  } else if (magnitude >= 0x47800000u) {  // 2^16
+    half = kInfinity;
+  } else if (magnitude < 0x38800000u) {  // 2^-14: the last bit of 1/2 is a half's smallest
+    half = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+  return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | half)};
 }
 
 // Masks.
@@ -125,16 +146,22 @@ PDIFF_INLINE void store_first(float* p, Vec a, int n) {
 }
 PDIFF_INLINE void store(float* p, Vec a) { store_first(p, a, Vec::kLanes); }
 
-PDIFF_INLINE Vec load(const bfloat16* p) {
+template <typename Half>
+PDIFF_INLINE Vec load(const Half* p) {
   return each_lane<Vec>([=](int i) { return widen(p[i]); });
 }
-PDIFF_INLINE Vec load_first(const bfloat16* p, int n, float fill = 0.0f) {
+template <typename Half>
+PDIFF_INLINE Vec load_first(const Half* p, int n, float fill = 0.0f) {
   return each_lane<Vec>([=](int i) { return i < n ? widen(p[i]) : fill; });
 }
-PDIFF_INLINE void store_first(bfloat16* p, Vec a, int n) {
-  for (int i = 0; i < Vec::kLanes && i < n; ++i) p[i] = narrow(a.lane[i]);
+template <typename Half>
+PDIFF_INLINE void store_first(Half* p, Vec a, int n) {
+  for (int i = 0; i < Vec::kLanes && i < n; ++i) p[i] = narrow(a.lane[i], Half{});
 }
-PDIFF_INLINE void store(bfloat16* p, Vec a) { store_first(p, a, Vec::kLanes); }
+template <typename Half>
+PDIFF_INLINE void store(Half* p, Vec a) {
+  store_first(p, a, Vec::kLanes);
+}
 
 PDIFF_INLINE VecInt load(const int32_t* p) {
   return each_lane<VecInt>([=](int i) { return p[i]; });
