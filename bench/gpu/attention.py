@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import torch
 from device import DEVICE, ON_GPU, Call, compiled, synchronize
-from peers import dense_bias, gathered, inputs_of, peers_of, plan_of
 from records import Bench, Work
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from workloads import AttentionWorkload, gpu_attention
 
+from pdiff_runtime.bench.peers import dense_bias, gathered, inputs_of, peers_of, plan_of
+from pdiff_runtime.bench.workloads import AttentionWorkload, gpu_attention
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
 from pdiff_runtime.testing import assert_within_budget

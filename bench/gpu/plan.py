@@ -8,13 +8,13 @@ import time
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench_attention_plan import TAGS, rounds_of_spans
 from device import DEVICE, ON_GPU, Call
-from peers import inputs_of, pages_of, plan_of
 from records import Bench
 from torch import Tensor
-from workloads import gpu_attention
 
+from pdiff_runtime.bench.attention_plan import TAGS, rounds_of_spans
+from pdiff_runtime.bench.peers import inputs_of, pages_of, plan_of
+from pdiff_runtime.bench.workloads import gpu_attention
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention
 from pdiff_runtime.plan import SpanLayout
 
@@ -29,7 +29,7 @@ def run(bench: Bench) -> None:
 
 
 def _training(bench: Bench) -> None:
-    tokens = rounds_of_spans(*((512, 20, 4) if bench.is_tiny else (32_768, 1000, 8)))
+    tokens = rounds_of_spans(*((512, 20, 4) if bench.is_tiny else (32_768, 1000)))
     for impl in bench.impls:
 
         def on_host(impl=impl) -> AttentionPlan:

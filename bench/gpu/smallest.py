@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from peers import plan_of
-from workloads import gpu_attention
 
 from pdiff_runtime import ops
+from pdiff_runtime.bench.peers import plan_of
+from pdiff_runtime.bench.workloads import gpu_attention
 from pdiff_runtime.testing import BACKENDS, use_cuda_kernels
 
 BACKEND = next(b for b in BACKENDS if b.impl is ops.Impl.CUDA)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import torch
 from device import DEVICE, ON_GPU, Call, compiled, rotated, synchronize
-from peers import score_rows, torch_step
 from records import Bench, Work, random
 from torch import Tensor
 
 from pdiff_runtime import ops
+from pdiff_runtime.bench.peers import score_rows, torch_step
 from pdiff_runtime.ops import Impl, reference
 
 SETTINGS = {

@@ -21,6 +21,9 @@ class Layout(Protocol):
     def handle(self) -> _C.SpanLayout: ...
 
     @property
+    def num_rows(self) -> int: ...
+
+    @property
     def num_keys(self) -> int: ...
 
     def dense_mask(self) -> Tensor: ...
@@ -31,6 +34,10 @@ class _TokenLayout:
     """The layout of a sequence of tokens, where it is not wanted as a ``SpanLayout``."""
 
     handle: _C.SpanLayout
+
+    @property
+    def num_rows(self) -> int:
+        return self.handle.num_rows
 
     @property
     def num_keys(self) -> int:

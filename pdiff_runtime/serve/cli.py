@@ -319,6 +319,56 @@ def train(
     click.echo(f"model: {folder}")
 
 
+# --- bench ---------------------------------------------------------------------------------------
+
+
+@cli.group()
+def bench() -> None:
+    """Measure this machine: what it is worth, and against what."""
+
+
+@bench.command()
+@click.argument("kernel", nargs=-1, metavar="[KERNEL]...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("pdiff-bench"),
+    metavar="DIR",
+    help="Where kernels.json and a picture of each kernel go; default: pdiff-bench.",
+)
+@threads_option
+@click.option("--smoke", is_flag=True, help="Tiny shapes, few rounds: does it run?")
+def kernels(kernel: tuple[str, ...], out: Path, threads: int | None, smoke: bool) -> None:
+    """Time the CPU kernels against torch's ways of doing the same; ten minutes for all of them.
+
+    Ours and its peers take turns in one process. A KERNEL is hybrid_attention,
+    hybrid_attention_backward, unmask, weighted_cross_entropy or attention_plan. BENCH_COMPILE=0
+    leaves out the peers that torch compiles. Pictures need matplotlib.
+    """
+    from pdiff_runtime.bench import kernels as suite
+    from pdiff_runtime.bench import plots
+    from pdiff_runtime.bench.case import text_of
+
+    unknown = [name for name in kernel if name not in suite.KERNELS]
+    if unknown:
+        raise ValueError(f"KERNEL: expected {', '.join(suite.KERNELS)}, got {unknown[0]}")
+    _set_threads(threads)
+    click.echo(suite.header()["machine"])
+    records = []
+    for record in suite.measure(kernel or tuple(suite.KERNELS), smoke=smoke):
+        records.append(record)
+        click.echo(text_of(record))
+    file = suite.write(out, records)
+    click.echo(file)
+    try:
+        pictures = plots.draw_all(file)
+    except ImportError:
+        click.echo("No pictures: matplotlib is not installed (pip install 'pdiff-runtime[bench]').")
+    else:
+        for picture in pictures:
+            click.echo(picture)
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 

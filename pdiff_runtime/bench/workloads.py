@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
 
 from pdiff_runtime.plan import SpanLayout
 from pdiff_runtime.testing.problems import layout_of
@@ -25,17 +24,29 @@ class AttentionWorkload:
         return sum(layout.num_visible_pairs for layout in self.layouts)
 
     @property
+    def num_rows(self) -> int:
+        return sum(layout.num_rows for layout in self.layouts)
+
+    @property
+    def density(self) -> float:
+        """Visible pairs as a share of those that causal attention over each sequence has."""
+        pairs = sum(n.num_rows * (n.num_rows + 1) // 2 for n in self.layouts)
+        return self.num_visible_pairs / pairs
+
+    @property
     def forward_flops(self) -> int:
         """Of the visible (query, key) pairs alone."""
         return 4 * self.num_heads_q * self.head_dim * self.num_visible_pairs
 
 
-def long_document(num_tokens: int, context: int = 512, num_rounds: int = 4, num_spans: int = 8):
+def long_document(
+    num_tokens: int, context: int = 512, num_rounds: int = 4, num_spans: int = 8
+) -> SpanLayout:
     """A context, then rounds of some plan text, spans of one length, and a sync: 45 % visible."""
     round_len = (num_tokens - context) // num_rounds
     span_len = round_len // (num_spans + 1)
     plan = round_len - num_spans * span_len - 1
-    rounds = [plan, *[str(span_len)] * num_spans, "sync"] * num_rounds
+    rounds: list[int | str] = [plan, *[str(span_len)] * num_spans, "sync"] * num_rounds
     return layout_of(context + (num_tokens - context) % num_rounds, *rounds)
 
 
@@ -98,17 +109,44 @@ def gpu_attention(
     }
 
 
-ATTENTION: Mapping[str, AttentionWorkload] = {
-    "long": AttentionWorkload((long_document(4096),), 8, 2, 128),
-    "paper": AttentionWorkload(paper_documents(4096), 8, 2, 128),
-    "training": AttentionWorkload((layout_of(30, "20", "25", "sync", 24),) * 41, 3, 1, 64),
-    "denoise": AttentionWorkload((SpanLayout.from_spans(736, [60] * 8),), 8, 2, 128, page_size=64),
-    "answers": AttentionWorkload((SpanLayout.causal(1, 2048),) * 8, 8, 2, 128, page_size=64),
-}
-"""
-long      one document of 4096 tokens, 8 spans in each of 4 rounds after a context of 512
-paper     documents as the method's authors train on, packed to 4096
-training  many documents of 100 tokens, as the bundled model trains on
-denoise   one step of 8 spans of 60 over a shared context of 736, keys in pages
-answers   one new token for each of 8 requests over 2048 keys, keys in pages
-"""
+def cpu_attention(scale: int = 1) -> dict[str, AttentionWorkload]:
+    """What a CPU is measured with; lengths and batches are `scale` times smaller.
+
+    long      one document of 4096 tokens, 8 spans in each of 4 rounds after a context of 512
+    paper     documents as the method's authors train on, packed to 4096
+    training  many documents of 100 tokens, as the bundled model trains on
+    denoise   one step of 8 spans of 60 over a shared context of 736, keys in pages
+    answers   one new token for each of 8 requests over 2048 keys, keys in pages
+    mixed     denoise steps, new tokens and a chunk of a prompt in one batch, keys in pages
+    """
+    heads = 8, 2, 128
+    spans = SpanLayout.from_spans(736 // scale, [max(2, 60 // scale)] * 8)
+    answer = SpanLayout.causal(1, 2048 // scale)
+    chunk = SpanLayout.causal(256 // scale, 1024 // scale)
+    return {
+        "long": AttentionWorkload((long_document(4096 // scale, 512 // scale),), *heads),
+        "paper": AttentionWorkload(paper_documents(max(700, 4096 // scale)), *heads),
+        "training": AttentionWorkload(
+            (layout_of(30, "20", "25", "sync", 24),) * max(2, 41 // scale), 3, 1, 64
+        ),
+        "denoise": AttentionWorkload((spans,), *heads, page_size=64),
+        "answers": AttentionWorkload((answer,) * 8, *heads, page_size=64),
+        "mixed": AttentionWorkload((spans, spans, *[answer] * 8, chunk), *heads, page_size=64),
+    }
+
+
+def documents_of(num_tokens: int) -> AttentionWorkload:
+    """Documents as the method's authors train on, packed to `num_tokens`."""
+    return AttentionWorkload(paper_documents(num_tokens), 8, 2, 128)
+
+
+def document_of_spans(num_tokens: int, num_spans: int) -> AttentionWorkload:
+    """One document of four rounds of `num_spans` spans: the more, the fewer pairs are visible."""
+    layout = long_document(num_tokens, num_tokens // 8, num_spans=num_spans)
+    return AttentionWorkload((layout,), 8, 2, 128)
+
+
+def denoise_step(context: int, num_rows: int, num_spans: int) -> AttentionWorkload:
+    """`num_rows` rows in spans of one length over a shared context, keys in pages."""
+    layout = SpanLayout.from_spans(context, [num_rows // num_spans] * num_spans)
+    return AttentionWorkload((layout,), 8, 2, 128, page_size=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -69,11 +70,19 @@ def machine() -> str:
     if cpuinfo.exists():
         names = [x.split(":", 1)[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
         model = names[0].strip() if names else model
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     return (
         f"{model}, {torch.get_num_threads()} threads, kernels {_C.isa_selected()}, "
-        f"{_C.compiler}, torch {torch.__version__}, commit {commit or 'unknown'}"
+        f"{_C.compiler}, torch {torch.__version__}, {_source()}"
     )
+
+
+def _source() -> str:
+    """The commit of a source tree, else the version of the package."""
+    root = Path(__file__).resolve().parents[2]
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return f"pdiff_runtime {_C.__version__}"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=root, capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    return f"commit {commit or 'unknown'}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from workloads import AttentionWorkload
 
+from pdiff_runtime.bench.workloads import AttentionWorkload
 from pdiff_runtime.ops import AttentionPlan, Impl
+
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""q, k, v."""
 
 # -- hybrid attention ----------------------------------------------------------------------------
 
@@ -44,14 +48,15 @@ def plan_of(
     )
 
 
-def inputs_of(plan: AttentionPlan, dtype: torch.dtype) -> list[Tensor]:
+def inputs_of(plan: AttentionPlan, dtype: torch.dtype) -> Inputs:
     """Random q, k, v where the plan is."""
     rows = (plan.total_q,)
-    keys = (plan.total_kv,)
+    keys: tuple[int, ...] = (plan.total_kv,)
     if plan.page_table is not None and plan.page_size is not None:
         keys = (int(plan.page_table.max()) + 1, plan.page_size)
     shapes = [(*rows, plan.num_heads_q), (*keys, plan.num_heads_kv), (*keys, plan.num_heads_kv)]
-    return [torch.randn(*s, plan.head_dim, device=plan.device).to(dtype) for s in shapes]
+    q, k, v = (torch.randn(*s, plan.head_dim, device=plan.device).to(dtype) for s in shapes)
+    return q, k, v
 
 
 def gathered(plan: AttentionPlan, pool: Tensor) -> Tensor:
@@ -67,15 +72,13 @@ def gathered(plan: AttentionPlan, pool: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def peers_of(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[Tensor]]:
+def peers_of(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Inputs]:
     """``[1, heads, tokens, head_dim]`` q, k, v for SDPA: keys gathered and repeated."""
     group_size = plan.num_heads_q // plan.num_heads_kv
     tensors = (q, gathered(plan, k), gathered(plan, v))
-    batched = [x.transpose(0, 1).contiguous()[None] for x in tensors]
-    return {
-        "grouped": batched,
-        "repeated": [batched[0], *(x.repeat_interleave(group_size, 1) for x in batched[1:])],
-    }
+    q, k, v = (x.transpose(0, 1).contiguous()[None] for x in tensors)
+    repeated = q, k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
+    return {"grouped": (q, k, v), "repeated": repeated}
 
 
 def dense_bias(plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
@@ -104,12 +107,14 @@ def filtered_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tenso
     return logits
 
 
-def score_rows(logits: Tensor, temperature: float = 0.0, **filters: float) -> tuple[Tensor, Tensor]:
+def score_rows(
+    logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
     """Confidence and candidate of each row, in plain torch."""
     logits = logits.float()
     if temperature > 0:
         logits = logits / temperature
-    logits = filtered_logits(logits, **filters)
+    logits = filtered_logits(logits, top_p, top_k)
     probs = logits.softmax(-1)
     confidence = (probs * torch.log(probs + 1e-10)).sum(-1)
     if temperature > 0:
@@ -124,7 +129,7 @@ def torch_step(
     row_position: Tensor,
     cu_rows_span: list[int],
     quota: int,
-    **settings: float,
+    **settings: Any,
 ) -> None:
     """What `unmask_` does, span by span, `quota` positions each."""
     confidence, candidate = score(logits, **settings)

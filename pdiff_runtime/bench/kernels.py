@@ -1,0 +1,72 @@
+"""All kernel cases of this build, to JSON and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdiff_runtime.bench import (
+    attention_plan,
+    hybrid_attention,
+    unmask,
+    weighted_cross_entropy,
+)
+from pdiff_runtime.bench.case import Case
+from pdiff_runtime.bench.measure import machine
+
+KERNELS: Mapping[str, Callable[[int], list[Case]]] = {
+    hybrid_attention.FORWARD: hybrid_attention.forward_cases,
+    hybrid_attention.BACKWARD: hybrid_attention.backward_cases,
+    unmask.KERNEL: unmask.cases,
+    weighted_cross_entropy.KERNEL: weighted_cross_entropy.cases,
+    attention_plan.KERNEL: attention_plan.cases,
+}
+"""The cases of each kernel, with lengths a given number of times smaller."""
+
+SMOKE_SCALE = 64
+
+
+def header() -> dict[str, Any]:
+    """What the numbers were taken with."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {"machine": machine(), "date": now.strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def measure(kernels: Sequence[str], *, smoke: bool = False) -> Iterator[dict[str, Any]]:
+    """A record of each case, as soon as it is measured; see :meth:`Case.measure`.
+
+    Args:
+        kernels: Keys of :data:`KERNELS`.
+        smoke: Tiny shapes and few rounds: numbers that say nothing but that it runs.
+    """
+    for kernel in kernels:
+        for case in KERNELS[kernel](SMOKE_SCALE if smoke else 1):
+            seconds = 0.0 if smoke else 10.0 if case.at is None else 4.0
+            yield case.measure(case.prepare(), max_seconds=seconds)
+            gc.collect()  # gigabytes of logits
+
+
+def write(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``kernels.json`` with the header; records of other kernels in it are kept.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "kernels.json"
+    measured = {record["kernel"] for record in records}
+    kept: dict[str, Any] = {}
+    if file.exists():
+        old = json.loads(file.read_text())
+        kept = {kernel: rows for kernel, rows in old["kernels"].items() if kernel not in measured}
+    for kernel in KERNELS:
+        rows = [dict(record) for record in records if record["kernel"] == kernel]
+        if rows:
+            kept[kernel] = {**header(), "records": rows}
+    ordered = {kernel: kept[kernel] for kernel in KERNELS if kernel in kept}
+    file.write_text(json.dumps({"kernels": ordered}, indent=1) + "\n")
+    return file
