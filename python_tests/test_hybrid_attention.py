@@ -176,6 +176,22 @@ def test_bits_ignore_the_number_of_threads(dtype, isa):
     assert_same_bits(run(2), run(1))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_tensors_may_start_at_any_element(dtype, isa):
+    problem = AttentionProblem("many_spans", head_dim=40, dtype=dtype)
+    plan = problem.plan()
+    inputs = problem.inputs(plan)
+    shifted = []
+    for x in inputs:
+        whole = torch.empty(x.numel() + 1, dtype=dtype)
+        shifted.append(whole[1:].view(x.shape).copy_(x))
+        assert shifted[-1].data_ptr() % 64 != 0
+    assert_same_bits(
+        hybrid_attention(*shifted, plan, return_lse=True),
+        hybrid_attention(*inputs, plan, return_lse=True),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batches", few_of(["fewer_rows_than_keys"], ["all"]))
 def test_bits_ignore_the_batch(batches, dtype, backend):

@@ -116,7 +116,7 @@ def test_other_plans_in_the_same_words():
     plans = [AttentionPlan.pack([layout], **heads) for layout in layouts]
     assert all(plan.total_q == 96 and plan.num_slots == 0 for plan in plans)
     words = torch.zeros(
-        max(plan.num_words for plan in plans), dtype=torch.int32, device=CUDA.device
+        max(plan.words.numel() for plan in plans), dtype=torch.int32, device=CUDA.device
     )
     q, k, v, dout = (random(96, h, 64, seed=seed) for seed, h in enumerate((6, 2, 2, 6)))
 
@@ -128,7 +128,7 @@ def test_other_plans_in_the_same_words():
 
     replay = run
     if CUDA.device.type == "cuda":
-        words[: plans[0].num_words] = plans[0].words
+        words[: plans[0].words.numel()] = plans[0].words
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -140,7 +140,7 @@ def test_other_plans_in_the_same_words():
             return captured
 
     for plan in plans:
-        words[: plan.num_words] = plan.words
+        words[: plan.words.numel()] = plan.words
         assert_same_bits(replay(), gradients((q, k, v), plan, dout))
 
 

@@ -200,21 +200,21 @@ def test_a_captured_graph_runs_other_plans():
         )
 
     plans = [batch(seed) for seed in range(4)]
-    capacity = max(plan.num_words for plan in plans)
+    capacity = max(plan.words.numel() for plan in plans)
     num_slots = max(plan.num_slots for plan in plans)
     words = torch.zeros(capacity, dtype=torch.int32, device=CUDA.device)
 
     def run():
         return torch.ops.pdiff.hybrid_attention(q, k, v, words, num_slots, 0.1, "cuda")
 
-    words[: plans[0].num_words] = plans[0].words
+    words[: plans[0].words.numel()] = plans[0].words
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = run()
     for seed, plan in enumerate(plans):
-        words[: plan.num_words] = plan.words
+        words[: plan.words.numel()] = plan.words
         q.copy_(random(total_q, 28, 128, seed=seed))
         out.fill_(torch.nan)
         graph.replay()

@@ -123,6 +123,12 @@ def test_agrees_with_reference(rule, settings, vocab_size, dtype, backend):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("settings", [{}, SETTINGS["both_filters"]], ids=["greedy", "filtered"])
+def test_a_vocabulary_of_300_000(settings, isa):
+    logits = random_logits(3, 300_001)
+    assert_agrees(logits, spans_of(1, 2, quotas=[1, 1]), Backend(Impl.CPU), **settings)
+
+
 def test_published_names_of_rules():
     assert Rule("maskgit_plus") is Rule.PROBABILITY
     assert Rule("topk_margin") is Rule.MARGIN

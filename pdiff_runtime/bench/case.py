@@ -85,7 +85,7 @@ class Case:
 
         Returns:
             The case's fields with ``ms`` and ``spread``, ``peers`` (by name, the same two),
-            ``rate`` in units of 1e9 a second, and ``share`` of the limit's rate.
+            ``rate`` in units of 1e9 a second, ``share`` of the limit's rate, and ``notes``.
         """
         calls: dict[str, Call] = {"ours": prepared.ours, **prepared.peers}
         if prepared.limit is not None:
@@ -113,12 +113,12 @@ class Case:
             name: {"ms": round(timing.ms, 5), "spread": round(timing.spread, 3)}
             for name, timing in timings.items()
         }
-        return record | dict(prepared.notes)
+        return record | {"notes": dict(prepared.notes)}
 
 
 def text_of(record: Mapping[str, Any]) -> str:
     """Two or more lines: ours, then how many times longer each peer takes."""
-    at = f" {record['axis']} {record['at']:g}" if "at" in record else ""
+    at = f": {record['at']:g} {record['axis']}" if "at" in record else ""
     rate = f"{record['rate']:9.1f} G{record['unit']}/s" if "rate" in record else ""
     share = f"  {100 * record['share']:5.1f} % of {record['limit']}" if "share" in record else ""
     title = f"{record['kernel']} {record['case']}{at} {record['dtype']}"
@@ -128,6 +128,8 @@ def text_of(record: Mapping[str, Any]) -> str:
         lines.append(
             f"    {name:48} {peer['ms']:10.3f} ms ±{100 * peer['spread']:3.0f}% {ratio:8.2f} x"
         )
+    for name, value in record["notes"].items():
+        lines.append(f"    {name.replace('_', ' '):48} {value:10g}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import platform
 import shutil
@@ -61,6 +62,23 @@ def alternate(
         first, median, third = statistics.quantiles(samples, n=4)
         timings[name] = Timing(median, (third - first) / 2 / median)
     return timings
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed, so that no call pays for fresh pages (glibc).
+
+    Else results of 32 MB and more are mapped anew in every call, ours and the peers', and the
+    system fills them with zeros at 2 GB/s: more work than many a kernel.
+
+    Returns:
+        Whether it does.
+    """
+    mmap_max, trim_threshold = -4, -1
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
+    except (OSError, AttributeError):
+        return False
 
 
 def machine() -> str:

@@ -103,7 +103,8 @@ def _bars(axes: Any, records: Sequence[Record], color_of: Mapping[str, str]) -> 
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("times ours (right of 1: slower than ours)", fontsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    axes.margins(y=0.01)
     _clean(axes)
 
 
@@ -128,7 +129,7 @@ def _lines(axes: Any, title: str, records: Sequence[Record], color_of: Mapping[s
         _plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(0, 1.15 * max(times))
-    axes.set_xticks(values, [_short(x) for x in values], fontsize=8)
+    axes.set_xticks(values, [_short(x) for x in values], fontsize=7.5)
     axes.xaxis.minorticks_off()
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel(records[0]["axis"], fontsize=8)
@@ -138,9 +139,7 @@ def _lines(axes: Any, title: str, records: Sequence[Record], color_of: Mapping[s
 
 
 def _short(value: float) -> str:
-    if value >= 1000:
-        return f"{value / 1000:.3g}k"
-    return f"{value:.3g}"
+    return f"{value / 1000:g}k" if value >= 1000 and value % 1000 == 0 else f"{value:g}"
 
 
 def _plain_numbers(axis: Any) -> None:

@@ -29,9 +29,8 @@ class AttentionWorkload:
 
     @property
     def density(self) -> float:
-        """Visible pairs as a share of those that causal attention over each sequence has."""
-        pairs = sum(n.num_rows * (n.num_rows + 1) // 2 for n in self.layouts)
-        return self.num_visible_pairs / pairs
+        """Visible pairs as a share of all pairs of a sequence."""
+        return self.num_visible_pairs / sum(n.num_rows * n.num_keys for n in self.layouts)
 
     @property
     def forward_flops(self) -> int:
@@ -141,8 +140,8 @@ def documents_of(num_tokens: int) -> AttentionWorkload:
 
 
 def document_of_spans(num_tokens: int, num_spans: int) -> AttentionWorkload:
-    """One document of four rounds of `num_spans` spans: the more, the fewer pairs are visible."""
-    layout = long_document(num_tokens, num_tokens // 8, num_spans=num_spans)
+    """One document of a context and `num_spans` spans: the more, the fewer pairs are visible."""
+    layout = long_document(num_tokens, num_tokens // 8, num_rounds=1, num_spans=num_spans)
     return AttentionWorkload((layout,), 8, 2, 128)
 
 

@@ -97,8 +97,6 @@ class AttentionPlan:
         """One more than the largest page id; 0 for packed keys."""
         self.words = words
         """The plan as data, int32: what compiled graphs carry and kernels read."""
-        self.address = words.data_ptr()
-        self.num_words = words.numel()
         self.device = words.device
 
     @property

@@ -90,35 +90,29 @@ def hybrid_attention(
         softmax_scale = plan.head_dim**-0.5
     if not 0 <= softmax_scale <= FLOAT32_MAX:
         raise ValueError(f"softmax_scale: expected a finite number >= 0, got {softmax_scale}")
-    lse: Tensor | None
     choice = _select(impl, q, plan)
-    if choice in (Impl.CUDA, Impl.TRITON):
-        dtypes = _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES
-        _check(q, k, v, plan, dtypes)
     if choice is Impl.REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
-    elif torch.compiler.is_compiling() or (
+        return (out, lse) if return_lse else out
+    if choice is not Impl.CPU:
+        _check(q, k, v, plan, _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES)
+    if torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     ):
         out, lse = torch.ops.pdiff.hybrid_attention(
             q, k, v, plan.words, plan.num_slots, softmax_scale, choice
         )
-    else:
-        lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
-        if choice is Impl.TRITON:
-            from pdiff_runtime.ops import triton
-
-            out = triton.hybrid_attention(q, k, v, plan.words, softmax_scale, lse)
-        else:
-            words = (plan.address, plan.num_words)
-            out = _forward(q, k, v, words, plan.num_slots, softmax_scale, lse, choice)
-    return (out, lse) if lse is not None and return_lse else out
+        return (out, lse) if return_lse else out
+    if not return_lse:
+        return _forward(q, k, v, plan.words, plan.num_slots, softmax_scale, None, choice)
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    return _forward(q, k, v, plan.words, plan.num_slots, softmax_scale, lse, choice), lse
 
 
 def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
     """The implementation that runs: by default the one that the plan was packed for."""
     if impl is Impl.AUTO and plan.impl is Impl.CPU:  # spared the checks on every call
-        return Impl.CPU
+        return plan.impl
     if impl is Impl.AUTO and plan.impl is Impl.CUDA and q.dtype is torch.float32 and q.is_cuda:
         impl = Impl.TRITON  # walks the same plan
     choice = select_impl(plan.impl if impl is Impl.AUTO else impl, q.device)
@@ -157,17 +151,22 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: tuple[int, int],
+    plan: Tensor,
     num_slots: int,
     softmax_scale: float,
     lse: Tensor | None,
     impl: Impl,
 ) -> Tensor:
-    """`plan` is the address and number of the plan's words."""
-    if impl is Impl.CUDA:
-        return _forward_cuda(q, k, v, plan[0], num_slots, softmax_scale, lse)
+    """`plan` holds the plan's words; `lse` is written unless None."""
+    if impl is not Impl.CPU:
+        if impl is Impl.CUDA:
+            return _forward_cuda(q, k, v, plan, num_slots, softmax_scale, lse)
+        from pdiff_runtime.ops import triton
+
+        return triton.hybrid_attention(q, k, v, plan, softmax_scale, lse)
     dtype = q.dtype
-    if not (k.dtype is dtype and v.dtype is dtype and dtype in ELEMENT_TYPES):
+    dtype_code = DTYPE_CODES.get(dtype)
+    if dtype_code is None or k.dtype is not dtype or v.dtype is not dtype:
         raise ValueError(
             "q, k, v: expected float32, bfloat16 or float16, all the same, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -178,8 +177,9 @@ def _forward(
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.hybrid_attention(
-        *plan,
-        DTYPE_CODES[dtype],
+        plan.data_ptr(),
+        plan.numel(),
+        dtype_code,
         q.data_ptr(),
         q.shape,
         q.stride(),
@@ -201,7 +201,7 @@ def _forward_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan_address: int,
+    plan: Tensor,
     num_slots: int,
     softmax_scale: float,
     lse: Tensor | None,
@@ -210,7 +210,7 @@ def _forward_cuda(
     num_bytes = _C.hybrid_attention_workspace_bytes(num_slots, k.shape[-2], q.shape[-1])
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
     _C.hybrid_attention_cuda(
-        plan_address,
+        plan.data_ptr(),
         num_slots,
         DTYPE_CODES[q.dtype],
         q.data_ptr(),
@@ -245,12 +245,7 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_slots: int, softmax_scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
-    if impl == Impl.TRITON:
-        from pdiff_runtime.ops import triton
-
-        return triton.hybrid_attention(q, k, v, plan, softmax_scale, lse), lse
-    words = (plan.data_ptr(), plan.numel())
-    return _forward(q, k, v, words, num_slots, softmax_scale, lse, Impl(impl)), lse
+    return _forward(q, k, v, plan, num_slots, softmax_scale, lse, Impl(impl)), lse
 
 
 def _backward_op(
