@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pdiff_runtime.bench.measure import alternate
 
@@ -131,6 +132,11 @@ def text_of(record: Mapping[str, Any]) -> str:
     for name, value in record["notes"].items():
         lines.append(f"    {name.replace('_', ' '):48} {value:10g}")
     return "\n".join(lines)
+
+
+def read_once(x: Tensor) -> Tensor:
+    """The fastest read of all of a tensor that torch has."""
+    return x.flatten().view(torch.float32).sum()
 
 
 def wants_compiled() -> bool:

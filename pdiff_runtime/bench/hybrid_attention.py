@@ -1,9 +1,10 @@
 """Hybrid attention against torch: SDPA with a dense mask and causal, compiled FlexAttention.
 
 Rates count visible (query, key) pairs only: forward 4 * heads * head_dim * pairs, backward 2.5
-times that. SDPA gets its keys gathered out of their pages and repeated over the heads of a group
-beforehand, unless it says otherwise, and its mask in the type it is fastest with; plain causal
-SDPA answers another question and is there as a scale.
+times that; a batch of single rows counts the bytes of its keys and values. SDPA gets its keys
+gathered out of their pages and repeated over the heads of a group beforehand, unless it says
+otherwise, and its mask in the type it is fastest with; plain causal SDPA answers another question
+and is there as a scale.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from pdiff_runtime.bench.case import DTYPES, Call, Case, Limit, Prepared, wants_compiled
+from pdiff_runtime.bench.case import (
+    DTYPES,
+    Call,
+    Case,
+    Limit,
+    Prepared,
+    read_once,
+    wants_compiled,
+)
 from pdiff_runtime.bench.peers import dense_bias, inputs_of, peers_of, plan_of
 from pdiff_runtime.bench.workloads import (
     AttentionWorkload,
@@ -105,8 +114,11 @@ def _forward(workload: AttentionWorkload, dtype: str, flex: bool = True) -> Prep
         if flex and wants_compiled():
             call, notes["compile_s"] = _flex(*peers["grouped"], bias == 0)
             calls["FlexAttention, compiled"] = call
-    limit = _product(DTYPES[dtype], workload.forward_flops)
-    return Prepared(ours, calls, workload.forward_flops, "FLOP", limit, notes)
+    flops, key_bytes = workload.forward_flops, k.nbytes + v.nbytes
+    if flops < 20 * key_bytes:  # reading them takes longer than the products
+        read = Limit("one read", lambda: (read_once(k), read_once(v)), key_bytes)
+        return Prepared(ours, calls, key_bytes, "B", read, notes)
+    return Prepared(ours, calls, flops, "FLOP", _product(DTYPES[dtype], flops), notes)
 
 
 def _backward(workload: AttentionWorkload, dtype: str) -> Prepared:

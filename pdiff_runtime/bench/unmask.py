@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime import ops
-from pdiff_runtime.bench.case import DTYPES, Call, Case, Limit, Prepared, wants_compiled
+from pdiff_runtime.bench.case import DTYPES, Call, Case, Limit, Prepared, read_once, wants_compiled
 from pdiff_runtime.bench.peers import score_rows, torch_step
 
 KERNEL = "unmask"
@@ -104,5 +104,5 @@ def _step(
     if not settings and compiled and wants_compiled():
         torch.compiler.reset()
         calls["torch, compiled"] = peer(torch.compile(score_rows))
-    limit = Limit("one read", lambda: next(turns).view(torch.float32).sum(), both[0].nbytes)
+    limit = Limit("one read", lambda: read_once(next(turns)), both[0].nbytes)
     return Prepared(ours, calls, both[0].nbytes, "B", limit)
