@@ -1,0 +1,79 @@
+"""Print the README's table of CPU kernels from `bench/results/cpu/kernels.json`.
+
+python bench/readme_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "kernels.json"
+
+ROWS = (
+    ("hybrid_attention", "long", "attention forward, long"),
+    ("hybrid_attention", "paper", "attention forward, paper"),
+    ("hybrid_attention", "denoise", "denoise step, 8 spans of 60 over 736 paged keys"),
+    ("hybrid_attention", "answers", "8 single rows over 2048 paged keys each"),
+    ("hybrid_attention", "mixed", "two such steps, such rows and a prompt in one batch"),
+    ("hybrid_attention_backward", "long", "attention backward, long"),
+    ("hybrid_attention_backward", "paper", "attention backward, paper"),
+    ("unmask", "greedy", "unmask, 320 x 152,064, greedy"),
+    ("unmask", "sampled", "unmask with temperature"),
+    ("unmask", "filtered", "unmask with temperature, top-p and top-k"),
+    ("weighted_cross_entropy", "fresh", "weighted cross-entropy and gradient, 256 x 152,064"),
+    ("weighted_cross_entropy", "in place", "the same over the logits"),
+    ("attention_plan", "plan", "layout and plan of 4,096 tokens, 100 segments"),
+)
+SHORT = {
+    "SDPA, dense mask": "dense-mask SDPA",
+    "SDPA, dense mask, a call each": "SDPA call by call",
+    "SDPA, causal": "causal SDPA",
+    "gathered keys, then SDPA, dense mask": "SDPA with its gather",
+    "FlexAttention, compiled": "compiled FlexAttention",
+    "torch, eager": "eager torch",
+    "torch, compiled": "compiled torch",
+    "one read": "one read",
+    "torch.mm": "the matrix product",
+}
+
+
+def number(x: float) -> str:
+    """Two or three digits: 0.17, 2.6, 12, 340."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
+
+
+def row_of(title: str, record: Mapping[str, Any]) -> str:
+    """One line of the table."""
+    ours = []
+    if "rate" in record:
+        ours.append(f"{number(record['rate'])} G{record['unit']}/s")
+    else:
+        ours.append(f"{number(1e3 * record['ms'])} µs")
+    if "share" in record:
+        limit = SHORT.get(record["limit"], record["limit"])
+        ours.append(f"{100 * record['share']:.0f} % of {limit}")
+    peers = ", ".join(
+        f"{number(peer['ms'] / record['ms'])}x {SHORT.get(name, name)}"
+        for name, peer in record["peers"].items()
+    )
+    dtype = {"fp32": ", fp32", "bf16": ", bf16", "fp16": ", fp16"}.get(record["dtype"], "")
+    return f"| {title}{dtype} | {', '.join(ours)} | {peers} |"
+
+
+def table_of(results: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    lines = ["| what | ours | against |", "|---|---|---|"]
+    for kernel, case, title in ROWS:
+        lines += [
+            row_of(title, record)
+            for record in results["kernels"][kernel]["records"]
+            if record["case"] == case and "at" not in record
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table_of(json.loads(RESULTS.read_text())))
