@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from pdiff_runtime.bench.case import Case, text_of
-from pdiff_runtime.bench.measure import keep_freed_memory, machine
+from pdiff_runtime.bench.measure import machine
 
 
 @pytest.fixture(params=[1, None], ids=["1thread", "all_threads"])
 def threads(request):
     """One thread, then all; the machine is printed above each report."""
-    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(request.param or before)
     print(f"\n{machine()}")

@@ -22,7 +22,7 @@ int32_t checked_sum(int64_t sum, const char* name) {
 // large, up to what the second-level cache holds, as long as every thread gets several of them.
 int32_t cpu_tile_rows(const std::vector<const SpanLayout*>& layouts,
                       const AttentionPlanOptions& options) {
-  constexpr int64_t kTasksPerThread = 8;
+  constexpr int64_t kTasksPerThread = 4;
   const int32_t group_size = options.num_heads_q / options.num_heads_kv;
   int32_t rows = 0;
   for (const int32_t queries : {512, 256, 128}) {

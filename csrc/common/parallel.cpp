@@ -10,8 +10,7 @@ namespace {
 bool forked = false;  // written between fork and the child's first instruction, with one thread
 
 #if defined(__unix__) || defined(__APPLE__)
-[[maybe_unused]] const int registered =
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
 }  // namespace

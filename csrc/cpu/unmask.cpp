@@ -128,10 +128,10 @@ void unmask(const UnmaskParams& params) {
   std::fill_n(lane_max.get(), num_rows * num_blocks * kUnmaskMaxLanes, -FLT_MAX);
   const auto list_logits = std::make_unique_for_overwrite<float[]>(list_size);
   const auto list_ids = std::make_unique_for_overwrite<int32_t[]>(list_size);
-  PDIFF_CALL_KERNEL(score_rows,
-                    UnmaskRows{params, row_span.data(), settings.data(), banned.data(),
-                               static_cast<int32_t>(banned.size()), num_blocks, num_segments,
-                               scores.get(), lane_max.get(), list_logits.get(), list_ids.get()});
+  PDIFF_CALL_KERNEL(
+      score_rows, UnmaskRows{params, row_span.data(), settings.data(), banned.data(),
+                             static_cast<int32_t>(banned.size()), filters, num_blocks, num_segments,
+                             scores.get(), lane_max.get(), list_logits.get(), list_ids.get()});
 
   std::vector<int32_t> rows;
   std::vector<float> keys;

@@ -49,6 +49,7 @@ struct UnmaskRows {
   const UnmaskSettings* settings;  // [num_spans]
   const int32_t* banned;           // [num_banned], ascending
   int32_t num_banned;
+  bool filters;                      // any span does
   int64_t num_blocks, num_segments;  // of a row
   UnmaskScore* scores;               // [num_rows, num_segments]
   float* lane_max;                   // [num_rows, num_blocks, kUnmaskMaxLanes]

@@ -16,7 +16,7 @@ from pdiff_runtime.bench import (
     weighted_cross_entropy,
 )
 from pdiff_runtime.bench.case import Case
-from pdiff_runtime.bench.measure import keep_freed_memory, machine
+from pdiff_runtime.bench.measure import machine
 
 KERNELS: Mapping[str, Callable[[int], list[Case]]] = {
     hybrid_attention.FORWARD: hybrid_attention.forward_cases,
@@ -33,11 +33,7 @@ SMOKE_SCALE = 64
 def header() -> dict[str, Any]:
     """What the numbers are taken with."""
     now = datetime.datetime.now(datetime.UTC)
-    return {
-        "machine": machine(),
-        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-        "keeps_freed_memory": keep_freed_memory(),
-    }
+    return {"machine": machine(), "date": now.strftime("%Y-%m-%d %H:%M UTC")}
 
 
 def measure(kernels: Sequence[str], *, smoke: bool = False) -> Iterator[dict[str, Any]]:
@@ -47,7 +43,6 @@ def measure(kernels: Sequence[str], *, smoke: bool = False) -> Iterator[dict[str
         kernels: Keys of :data:`KERNELS`.
         smoke: Tiny shapes and few rounds: numbers that say nothing but that it runs.
     """
-    keep_freed_memory()
     for kernel in kernels:
         for case in KERNELS[kernel](SMOKE_SCALE if smoke else 1):
             seconds = 0.0 if smoke else 10.0 if case.at is None else 4.0

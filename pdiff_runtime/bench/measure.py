@@ -16,6 +16,8 @@ import torch
 
 from pdiff_runtime import _C
 
+_keeps_memory = False
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -64,21 +66,24 @@ def alternate(
     return timings
 
 
-def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed, so that no call pays for fresh pages (glibc).
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, so that no call pays for fresh pages.
 
     Else results of 32 MB and more are mapped anew in every call, ours and the peers', and the
-    system fills them with zeros at 2 GB/s: more work than many a kernel.
+    system fills them with zeros: at 2 GB/s where we measured, more work than many a kernel.
 
-    Returns:
-        Whether it does.
+    Raises:
+        ValueError: Not glibc.
     """
+    global _keeps_memory
     mmap_max, trim_threshold = -4, -1
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return False
+        raise ValueError("--keep-memory: expected glibc's malloc, found another") from None
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+    _keeps_memory = True
 
 
 def machine() -> str:
@@ -91,6 +96,7 @@ def machine() -> str:
     return (
         f"{model}, {torch.get_num_threads()} threads, kernels {_C.isa_selected()}, "
         f"{_C.compiler}, torch {torch.__version__}, {_source()}"
+        + (", freed memory kept" if _keeps_memory else "")
     )
 
 

@@ -337,8 +337,15 @@ def bench() -> None:
     help="Where kernels.json and a picture of each kernel go; default: pdiff-bench.",
 )
 @threads_option
+@click.option(
+    "--keep-memory",
+    is_flag=True,
+    help="Let no call pay for fresh pages, ours or a peer's: the C library keeps what is freed.",
+)
 @click.option("--smoke", is_flag=True, help="Tiny shapes, few rounds: does it run?")
-def kernels(kernel: tuple[str, ...], out: Path, threads: int | None, smoke: bool) -> None:
+def kernels(
+    kernel: tuple[str, ...], out: Path, threads: int | None, keep_memory: bool, smoke: bool
+) -> None:
     """Time the CPU kernels against torch's ways of doing the same; ten minutes for all of them.
 
     Ours and its peers take turns in one process. A KERNEL is hybrid_attention,
@@ -348,11 +355,14 @@ def kernels(kernel: tuple[str, ...], out: Path, threads: int | None, smoke: bool
     from pdiff_runtime.bench import kernels as suite
     from pdiff_runtime.bench import plots
     from pdiff_runtime.bench.case import text_of
+    from pdiff_runtime.bench.measure import keep_freed_memory
 
     unknown = [name for name in kernel if name not in suite.KERNELS]
     if unknown:
         raise ValueError(f"KERNEL: expected {', '.join(suite.KERNELS)}, got {unknown[0]}")
     _set_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
     click.echo(suite.header()["machine"])
     records = []
     for record in suite.measure(kernel or tuple(suite.KERNELS), smoke=smoke):

@@ -226,7 +226,8 @@ void score_rows_of(const UnmaskRows& rows) {
   if (splits_rows) {
     parallel_for(p.num_rows * rows.num_segments, p.num_threads, 1,
                  [&](int64_t task) { score(task / rows.num_segments, task % rows.num_segments); });
-    parallel_for(p.num_rows, p.num_threads, 1, finish);
+    // To join segments is less work than to wake a thread.
+    parallel_for(p.num_rows, rows.filters ? p.num_threads : 1, 1, finish);
     return;
   }
   const int64_t grain = 1 + kUnmaskSegment / p.vocab_size;
