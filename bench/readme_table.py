@@ -25,6 +25,9 @@ ROWS = (
     ("unmask", "filtered", "unmask with temperature, top-p and top-k"),
     ("weighted_cross_entropy", "fresh", "weighted cross-entropy and gradient, 256 x 152,064"),
     ("weighted_cross_entropy", "in place", "the same over the logits"),
+    ("rms_norm", "56M", "RMS norm, 480 x 512"),
+    ("swiglu", "56M", "SwiGLU, 480 x 1,408"),
+    ("rope_kv_write", "56M", "rotary embedding and write to pages, 480 rows, 8 and 2 heads of 64"),
     ("attention_plan", "plan", "layout and plan of 4,096 tokens, 100 segments"),
 )
 SHORT = {

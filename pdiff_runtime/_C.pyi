@@ -271,6 +271,28 @@ def unmask_cuda(
     device_idx: int,
     stream: int,
 ) -> None: ...
+def rms_norm(
+    x: int,
+    weight: int,
+    out: int,
+    dtype: int,
+    x_stride: int,
+    num_rows: int,
+    size: int,
+    eps: float,
+    num_threads: int,
+) -> None: ...
+def swiglu(
+    gate: int,
+    up: int,
+    out: int,
+    dtype: int,
+    gate_stride: int,
+    up_stride: int,
+    num_rows: int,
+    size: int,
+    num_threads: int,
+) -> None: ...
 def rope_kv_write(
     q: int,
     k: int,

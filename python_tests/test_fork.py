@@ -30,7 +30,7 @@ def every_op() -> list[Callable[[], list[torch.Tensor]]]:
     cu_rows_span, num_unmask = torch.tensor([0, 12]).int(), torch.tensor([5]).int()
     labels, kind, weight = torch.arange(12), torch.zeros(12, dtype=torch.uint8), torch.ones(12)
     q, k, cos, sin = random(600, 4, 64), random(600, 2, 64), random(600, 32), random(600, 32)
-    positions = torch.arange(600)
+    positions, weights = torch.arange(600), random(256)
 
     def attention() -> list[torch.Tensor]:
         out, lse = ops.hybrid_attention(*inputs, plan, return_lse=True)
@@ -50,7 +50,11 @@ def every_op() -> list[Callable[[], list[torch.Tensor]]]:
         ops.rope_kv_write_(*rotated, None, cos, sin, positions, None, None, None)
         return rotated
 
-    return [attention, unmask, cross_entropy, rope]
+    def norms() -> list[torch.Tensor]:
+        rows = q.view(-1, 256)
+        return [ops.rms_norm(rows, weights, 1e-6), ops.swiglu(rows, rows)]
+
+    return [attention, unmask, cross_entropy, rope, norms]
 
 
 def bits_of(calls: list[Callable[[], list[torch.Tensor]]]) -> list[bytes]:

@@ -12,7 +12,9 @@ void bind_plan_grammar(pybind11::module_& m);
 void bind_attention_plan(pybind11::module_& m);
 void bind_hybrid_attention(pybind11::module_& m);
 void bind_unmask(pybind11::module_& m);
+void bind_rms_norm(pybind11::module_& m);
 void bind_rope_kv_write(pybind11::module_& m);
+void bind_swiglu(pybind11::module_& m);
 void bind_weighted_cross_entropy(pybind11::module_& m);
 
 }  // namespace pdiff::bindings

@@ -15,6 +15,8 @@ PYBIND11_MODULE(_C, m) {
   bind_attention_plan(m);
   bind_hybrid_attention(m);
   bind_unmask(m);
+  bind_rms_norm(m);
   bind_rope_kv_write(m);
+  bind_swiglu(m);
   bind_weighted_cross_entropy(m);
 }

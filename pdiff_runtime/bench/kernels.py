@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from pdiff_runtime.bench import (
     attention_plan,
     hybrid_attention,
+    row_kernels,
     unmask,
     weighted_cross_entropy,
 )
@@ -24,6 +26,10 @@ KERNELS: Mapping[str, Callable[[int], list[Case]]] = {
     unmask.KERNEL: unmask.cases,
     weighted_cross_entropy.KERNEL: weighted_cross_entropy.cases,
     attention_plan.KERNEL: attention_plan.cases,
+    **{
+        kernel: functools.partial(row_kernels.cases, kernel)
+        for kernel in (row_kernels.RMS_NORM, row_kernels.SWIGLU, row_kernels.ROPE)
+    },
 }
 """The cases of each kernel, with lengths a given number of times smaller."""
 

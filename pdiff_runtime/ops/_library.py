@@ -114,6 +114,24 @@ def cuda_stream(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
+def fits_cpu_kernel(x: Tensor, y: Tensor) -> bool:
+    """Whether an op that is torch's elsewhere may run its CPU kernel on rows x, with y.
+
+    They do, and nothing wants a gradient, traces or casts.
+    """
+    return (
+        x.is_cpu
+        and y.is_cpu
+        and x.dtype in DTYPE_CODES
+        and x.ndim == 2
+        and x.numel() > 0
+        and x.stride(1) == 1
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+    )
+
+
 def check_tensor(
     name: str,
     tensor: Tensor,

@@ -349,8 +349,9 @@ def kernels(
     """Time the CPU kernels against torch's ways of doing the same; ten minutes for all of them.
 
     Ours and its peers take turns in one process. A KERNEL is hybrid_attention,
-    hybrid_attention_backward, unmask, weighted_cross_entropy or attention_plan. BENCH_COMPILE=0
-    leaves out the peers that torch compiles. Pictures need matplotlib.
+    hybrid_attention_backward, unmask, weighted_cross_entropy, attention_plan, rms_norm, swiglu or
+    rope_kv_write. BENCH_COMPILE=0 leaves out the peers that torch compiles. Pictures need
+    matplotlib.
     """
     from pdiff_runtime.bench import kernels as suite
     from pdiff_runtime.bench import plots

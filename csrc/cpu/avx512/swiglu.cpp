@@ -1,0 +1,3 @@
+#include "cpu/vec/avx512.h"
+// The body, written against the vector layer, comes after it.
+#include "cpu/kernels/swiglu.h"
