@@ -7,6 +7,13 @@
 //
 // Keys are operand a as they lie in memory; q^T is put into pairs once per query tile, v^T into
 // rows once per key tile, and p^T comes out of softmax two keys at a time, which is a row of pairs.
+//
+// Where the rows of a query tile are few, to turn p costs less than to turn v:
+//
+//   out <- alpha * out + p @ v
+//
+// The products are the same and are added up in the same order, so a row's bits do not tell how
+// many others its tile had.
 
 #define PDIFF_ISA amx
 
@@ -23,16 +30,19 @@ namespace {
 // is then at most 2^8, which costs nothing in floating point, and the output is seldom rescaled.
 constexpr float kSlack = 8.0f;
 
+// Up to this many rows of a query tile p is turned, above it v. Measured; no more than a panel.
+constexpr int kFewRows = kPanelRows;
+
 // Softmax of the scores of some keys for 16 rows, in the running form: raises m if a score exceeds
 // it by more than kSlack, then
 //
 //   alpha <- exp2(m_old - m),  p_j <- exp2(scale * s_j - m),  l <- alpha * l + sum_j p_j
 //
-// and writes p as rows of pairs of keys, zero from num_keys up to the next multiple of 32. Returns
-// whether any m rose, which is when alpha is not 1.
-template <bool kPartial>
+// and hands p to put(j, p_j, p_j+1) two keys at a time, zeros from num_keys up to the next multiple
+// of 32. Returns whether any m rose, which is when alpha is not 1.
+template <bool kPartial, typename Put>
 PDIFF_INLINE bool softmax_step(const float* s, int num_keys, float scale, const float* visible,
-                               int offset, float* m, float* l, float* alpha, bfloat16* p) {
+                               int offset, float* m, float* l, float* alpha, const Put& put) {
   const Vec limit = load(visible), factor = broadcast(scale), none = broadcast(kNoScore);
   const auto is_seen = [&](int j) { return broadcast(static_cast<float>(offset + j)) < limit; };
   constexpr int kChains = 4;
@@ -57,23 +67,20 @@ PDIFF_INLINE bool softmax_step(const float* s, int num_keys, float scale, const 
     const Vec weight = exp2_coarse(fma(load(s + j * kPanelRows), factor, zero() - new_m));
     return kPartial ? select(is_seen(j), weight, zero()) : weight;
   };
-  const auto store_pair = [&](int j, Vec even, Vec odd) {
-    _mm512_store_si512(p + pair_offset(j), narrow_pairs(even, odd));
-  };
   j = 0;
   for (; j + kChains <= num_keys; j += kChains) {
     Vec weight[kChains];
     for (int c = 0; c < kChains; ++c) weight[c] = weigh(j + c), sum[c] = sum[c] + weight[c];
-    store_pair(j, weight[0], weight[1]);
-    store_pair(j + 2, weight[2], weight[3]);
+    put(j, weight[0], weight[1]);
+    put(j + 2, weight[2], weight[3]);
   }
   for (int c = 0; j < num_keys; j += 2, c += 2) {
     const Vec even = weigh(j), odd = j + 1 < num_keys ? weigh(j + 1) : zero();
     sum[c] = sum[c] + even;
     sum[c + 1] = sum[c + 1] + odd;
-    store_pair(j, even, odd);
+    put(j, even, odd);
   }
-  for (; j < round_up(num_keys, kTileDepth); j += 2) store_pair(j, zero(), zero());
+  for (; j < round_up(num_keys, kTileDepth); j += 2) put(j, zero(), zero());
 
   const Vec rescale = exp2(old_m - new_m);  // exactly 1 where m stays
   store(m, new_m);
@@ -118,6 +125,18 @@ struct ForwardBuffers {
   }
 };
 
+// Softmax of the scores that lie in x.s, for 16 rows from `half` of the panel at `row` on.
+template <typename Put>
+PDIFF_INLINE bool softmax_of(const ForwardBuffers& x, const PanelKeys& seen, int row, int half,
+                             float scale, int offset, const Put& put) {
+  const float* visible = x.visible.by_row + row + half;
+  float *m = x.m + row + half, *l = x.l + row + half, *alpha = x.alpha + half;
+  if (seen.partial) {
+    return softmax_step<true>(x.s + half, seen.num_keys, scale, visible, offset, m, l, alpha, put);
+  }
+  return softmax_step<false>(x.s + half, seen.num_keys, scale, visible, offset, m, l, alpha, put);
+}
+
 // The keys of a tile for one panel; kWide if it has more than 16 rows.
 template <bool kWide>
 PDIFF_INLINE void attend(const ForwardBuffers& x, const PanelKeys& seen, int panel, int padded_dim,
@@ -138,10 +157,10 @@ PDIFF_INLINE void attend(const ForwardBuffers& x, const PanelKeys& seen, int pan
   }
   bool rose = false;
   for (int half = 0; half < (kWide ? kPanelRows : kTileRows); half += kTileRows) {
-    const auto step = seen.partial ? softmax_step<true> : softmax_step<false>;
-    rose |= step(x.s + half, seen.num_keys, scale, x.visible.by_row + row + half, offset,
-                 x.m + row + half, x.l + row + half, x.alpha + half,
-                 x.p + half / kTileRows * kTileElements);
+    bfloat16* p = x.p + half / kTileRows * kTileElements;
+    rose |= softmax_of(x, seen, row, half, scale, offset, [&](int j, Vec even, Vec odd) {
+      _mm512_store_si512(p + pair_offset(j), narrow_pairs(even, odd));
+    });
   }
   // out^T <- alpha * out^T + v^T @ p^T
   float* out_t = x.out_t + int64_t{row} * padded_dim;
@@ -163,6 +182,67 @@ PDIFF_INLINE void attend(const ForwardBuffers& x, const PanelKeys& seen, int pan
                                  .c = out_t + i * kPanelRows,
                                  .c_row = kPanelRows},
                                 key_steps);
+  }
+}
+
+// to[row][key] <- 16 rows of weights, of which s holds the transpose
+PDIFF_INLINE void turn_weights(const float* s, int num_keys, bfloat16* to) {
+  for (int key = 0; key < num_keys; key += kTileDepth) {
+    Vec low[kTileRows], high[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) {
+      low[i] = load(s + (key + i) * kPanelRows);
+      high[i] = load(s + (key + kTileRows + i) * kPanelRows);
+    }
+    transpose(low);
+    transpose(high);
+    for (int row = 0; row < kTileRows; ++row) {
+      _mm512_store_si512(to + row * kTileKeys + key, narrow_two(low[row], high[row]));
+    }
+  }
+}
+
+// The keys of a tile for a panel that is all of the query tile; kTall if it has more than 16 rows.
+// out[row][padded_dim] lies in x.out_t, and pairs of keys' values in x.vt.
+template <bool kTall>
+PDIFF_INLINE void attend_few(const ForwardBuffers& x, const PanelKeys& seen, int padded_keys,
+                             int padded_dim, float scale, int offset) {
+  const int num_steps = padded_dim / kTileDepth;
+  const int key_steps = (seen.num_keys + kTileDepth - 1) / kTileDepth;
+  // s^T <- k @ q^T
+  for (int step = 0; step < key_steps; ++step) {
+    multiply_block<false, kTall>({.a = x.k + int64_t{step} * kTileDepth * padded_dim,
+                                  .a_row = padded_dim,
+                                  .a_below = kTileRows * padded_dim,
+                                  .a_step = kTileDepth,
+                                  .b = x.qt,
+                                  .c = x.s + step * kTileDepth * kPanelRows,
+                                  .c_row = kPanelRows},
+                                 num_steps);
+  }
+  for (int half = 0; half < (kTall ? kPanelRows : kTileRows); half += kTileRows) {
+    float* s = x.s + half;
+    const bool rose = softmax_of(x, seen, 0, half, scale, offset, [&](int j, Vec even, Vec odd) {
+      store(s + j * kPanelRows, even);
+      store(s + (j + 1) * kPanelRows, odd);
+    });
+    turn_weights(s, seen.num_keys, x.p + half * kTileKeys);
+    if (!rose) continue;
+    for (int row = half; row < half + kTileRows; ++row) {
+      const Vec alpha = broadcast(x.alpha[row]);
+      float* out = x.out_t + row * padded_dim;
+      for (int i = 0; i < padded_dim; i += Vec::kLanes) store(out + i, load(out + i) * alpha);
+    }
+  }
+  // out <- alpha * out + p @ v
+  for (int i = 0; i < padded_dim; i += kTileDepth) {
+    multiply_block<true, true, kTall>({.a = x.p,
+                                       .a_row = kTileKeys,
+                                       .a_below = kTileRows * kTileKeys,
+                                       .a_step = kTileDepth,
+                                       .b = x.vt + int64_t{i} * padded_keys,
+                                       .c = x.out_t + i,
+                                       .c_row = padded_dim},
+                                      key_steps);
   }
 }
 
@@ -189,6 +269,19 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   for (int row = 0; row < rows.padded_rows(); ++row) x.m[row] = kNoScore, x.l[row] = 0.0f;
   for (int i = 0; i < rows.padded_rows() * padded_dim; i += 16) store(x.out_t + i, zero());
 
+  const bool has_few_rows = num_rows <= kFewRows;
+  const auto attend_all = [&](const KeyTile& key_tile) {
+    const PanelKeys seen = panel_keys(x.visible, key_tile, 0);
+    if (seen.num_keys == 0) return;
+    const int padded_keys = round_up(key_tile.num_keys, kTileDepth);
+    const bfloat16* rows_of_v[kTileKeys] = {};
+    for_each_key(values, key_tile.key_lo, key_tile.num_keys,
+                 [&](int j, const bfloat16* row) { rows_of_v[j] = row; });
+    pack_keys(keys, key_tile, head_dim, x.k);
+    pack_pairs_of_rows(rows_of_v, padded_keys, head_dim, x.vt);
+    const auto step = num_rows > kTileRows ? attend_few<true> : attend_few<false>;
+    step(x, seen, padded_keys, padded_dim, scale, key_tile.offset);
+  };
   const auto attend_panels = [&](const KeyTile& key_tile) {
     pack_keys(keys, key_tile, head_dim, x.k);
     pack_keys_transposed(values, key_tile, head_dim, x.vt);
@@ -200,8 +293,12 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
       step(x, seen, panel, padded_dim, scale, key_tile.offset);
     }
   };
-  for_each_key_tile(segments_of(params.plan, sequence), tile.segment, rows, x.visible,
-                    attend_panels);
+  const SegmentsView segments = segments_of(params.plan, sequence);
+  if (has_few_rows) {
+    for_each_key_tile(segments, tile.segment, rows, x.visible, attend_all);
+  } else {
+    for_each_key_tile(segments, tile.segment, rows, x.visible, attend_panels);
+  }
   _tile_release();
 
   // out <- out^T / l
@@ -216,7 +313,13 @@ void forward_tile(const HybridAttentionParams& params, const PlanTile& tile, int
   const int64_t token_elements = int64_t{plan.num_heads_q} * head_dim;
   auto* out = static_cast<bfloat16*>(params.out) + sequence.row_begin * token_elements;
   row_pointers(out, token_elements, head_dim, rows, x.out_rows);
-  unpack_rows(x.out_t, x.l, num_rows, head_dim, x.out_rows);
+  if (!has_few_rows) return unpack_rows(x.out_t, x.l, num_rows, head_dim, x.out_rows);
+  for (int row = 0; row < num_rows; ++row) {
+    const Vec factor = broadcast(x.l[row]);
+    for (int i = 0; i < head_dim; i += Vec::kLanes) {
+      store_first(x.out_rows[row] + i, load(x.out_t + row * padded_dim + i) * factor, head_dim - i);
+    }
+  }
 }
 
 int64_t forward_workspace_floats(const PlanHeader& plan) {

@@ -49,20 +49,21 @@ inline void pack_pairs_of_elements(const bfloat16* const* rows, int padded_rows,
 // to[head_dim step][panel][half] <- tiles of 32 rows of 16 elements
 inline void pack_pairs_of_rows(const bfloat16* const* rows, int padded_rows, int head_dim,
                                bfloat16* to) {
-  for (int column = 0; column < head_dim; column += kTileDepth) {
-    for (int row = 0; row < padded_rows; row += 2) {
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  // Row by row, as they lie in memory: that is what is fetched ahead.
+  for (int row = 0; row < padded_rows; row += 2) {
+    bfloat16* pair = to + row / kPanelRows * 2 * kTileElements + row % kPanelRows / 2 * kTileDepth;
+    for (int column = 0; column < head_dim; column += kTileDepth) {
       const __m512i even = load_elements(rows[row], column, head_dim);
       const __m512i odd = load_elements(rows[row + 1], column, head_dim);
       // Of each 8 elements, `low` has the pairs of the first 4 and `high` of the others.
       const __m512i low = _mm512_unpacklo_epi16(even, odd);
       const __m512i high = _mm512_unpackhi_epi16(even, odd);
-      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-      const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-      const int offset = row / kPanelRows * 2 * kTileElements + row % kPanelRows / 2 * kTileDepth;
-      _mm512_store_si512(to + offset, _mm512_permutex2var_epi64(low, first, high));
-      _mm512_store_si512(to + offset + kTileElements, _mm512_permutex2var_epi64(low, second, high));
+      _mm512_store_si512(pair, _mm512_permutex2var_epi64(low, first, high));
+      _mm512_store_si512(pair + kTileElements, _mm512_permutex2var_epi64(low, second, high));
+      pair += padded_rows * kTileDepth;
     }
-    to += padded_rows * kTileDepth;
   }
 }
 

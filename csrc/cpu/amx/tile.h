@@ -32,7 +32,7 @@ PDIFF_INLINE void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
-// One 32 x 32 block of a product, or its left half:
+// One 32 x 32 block of a product, its left half, or its upper one:
 //
 //   c[32, 32] <- (c +) a[32, 32 * num_steps] @ b[32 * num_steps, 32]
 struct BlockOperands {
@@ -45,15 +45,15 @@ struct BlockOperands {
   int64_t c_row;
 };
 
-template <bool kAdd, bool kWide>
+template <bool kAdd, bool kWide, bool kTall = true>
 PDIFF_INLINE void multiply_block(const BlockOperands& x, int num_steps) {
   const int64_t c_row_bytes = x.c_row * 4, a_row_bytes = x.a_row * 2;
   float* c_below = x.c + kTileRows * x.c_row;
   if (kAdd) {
     _tile_loadd(0, x.c, c_row_bytes);
-    _tile_loadd(1, c_below, c_row_bytes);
+    if (kTall) _tile_loadd(1, c_below, c_row_bytes);
     if (kWide) _tile_loadd(2, x.c + kTileRows, c_row_bytes);
-    if (kWide) _tile_loadd(3, c_below + kTileRows, c_row_bytes);
+    if (kWide && kTall) _tile_loadd(3, c_below + kTileRows, c_row_bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -65,18 +65,20 @@ PDIFF_INLINE void multiply_block(const BlockOperands& x, int num_steps) {
     _tile_loadd(4, a, a_row_bytes);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a + x.a_below, a_row_bytes);
-    _tile_dpbf16ps(1, 5, 6);
+    if (kTall) {
+      _tile_loadd(5, a + x.a_below, a_row_bytes);
+      _tile_dpbf16ps(1, 5, 6);
+    }
     if (kWide) {
       _tile_loadd(7, b + kTileElements, 64);
       _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      if (kTall) _tile_dpbf16ps(3, 5, 7);
     }
   }
   _tile_stored(0, x.c, c_row_bytes);
-  _tile_stored(1, c_below, c_row_bytes);
+  if (kTall) _tile_stored(1, c_below, c_row_bytes);
   if (kWide) _tile_stored(2, x.c + kTileRows, c_row_bytes);
-  if (kWide) _tile_stored(3, c_below + kTileRows, c_row_bytes);
+  if (kWide && kTall) _tile_stored(3, c_below + kTileRows, c_row_bytes);
 }
 
 }  // namespace
