@@ -6,7 +6,7 @@ python bench/readme_table.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,33 +48,34 @@ def number(x: float) -> str:
     return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
 
 
-def row_of(title: str, record: Mapping[str, Any]) -> str:
-    """One line of the table."""
-    ours = []
-    if "rate" in record:
-        ours.append(f"{number(record['rate'])} G{record['unit']}/s")
+def row_of(title: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """One line of the table: a number for each dtype, one slash between two."""
+    first = records[0]
+
+    def joined(numbers: Iterable[str]) -> str:
+        return " / ".join(numbers)
+
+    if "rate" in first:
+        ours = f"{joined(number(r['rate']) for r in records)} G{first['unit']}/s"
     else:
-        ours.append(f"{number(1e3 * record['ms'])} µs")
-    if "share" in record:
-        limit = SHORT.get(record["limit"], record["limit"])
-        ours.append(f"{100 * record['share']:.0f} % of {limit}")
+        ours = f"{joined(number(1e3 * r['ms']) for r in records)} µs"
+    if "share" in first:
+        shares = joined(f"{100 * r['share']:.0f}" for r in records)
+        ours += f", {shares} % of {SHORT.get(first['limit'], first['limit'])}"
     peers = ", ".join(
-        f"{number(peer['ms'] / record['ms'])}x {SHORT.get(name, name)}"
-        for name, peer in record["peers"].items()
+        joined(f"{number(r['peers'][name]['ms'] / r['ms'])}x" for r in records)
+        + f" {SHORT.get(name, name)}"
+        for name in first["peers"]
     )
-    dtype = {"fp32": ", fp32", "bf16": ", bf16", "fp16": ", fp16"}.get(record["dtype"], "")
-    return f"| {title}{dtype} | {', '.join(ours)} | {peers} |"
+    return f"| {title} | {ours} | {peers} |"
 
 
 def table_of(results: Mapping[str, Any]) -> str:
-    """The table in Markdown."""
-    lines = ["| what | ours | against |", "|---|---|---|"]
+    """The table in Markdown: float32, then bfloat16."""
+    lines = ["| what | ours, fp32 / bf16 | times ours |", "|---|---|---|"]
     for kernel, case, title in ROWS:
-        lines += [
-            row_of(title, record)
-            for record in results["kernels"][kernel]["records"]
-            if record["case"] == case and "at" not in record
-        ]
+        found = [r for r in results["kernels"][kernel]["records"] if r["case"] == case]
+        lines.append(row_of(title, [r for r in found if r["dtype"] != "fp16" and "at" not in r]))
     return "\n".join(lines)
 
 

@@ -55,8 +55,8 @@ def test_a_record_has_rate_share_and_peers(fixed_times):
 
 def test_other_kernels_stay_in_the_file(fixed_times, tmp_path):
     record = a_record()
-    kernels.write(tmp_path, [record, {**record, "kernel": "attention_plan"}])
-    kernels.write(tmp_path, [{**record, "case": "sampled"}])
+    kernels.write(tmp_path, kernels.header(), [record, {**record, "kernel": "attention_plan"}])
+    kernels.write(tmp_path, kernels.header(), [{**record, "case": "sampled"}])
     written = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert list(written) == ["unmask", "attention_plan"]
     assert [r["case"] for r in written["unmask"]["records"]] == ["sampled"]
@@ -66,7 +66,7 @@ def test_other_kernels_stay_in_the_file(fixed_times, tmp_path):
 def test_a_picture_for_each_kernel(fixed_times, tmp_path):
     pytest.importorskip("matplotlib")
     sweep = [a_record(at=at, axis="rows") for at in (1, 8, 64)]
-    file = kernels.write(tmp_path, [a_record(), *sweep])
+    file = kernels.write(tmp_path, kernels.header(), [a_record(), *sweep])
     (picture,) = plots.draw_all(file)
     assert picture == tmp_path / "unmask.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -56,8 +56,10 @@ def measure(kernels: Sequence[str], *, smoke: bool = False) -> Iterator[dict[str
             gc.collect()  # gigabytes of logits
 
 
-def write(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``kernels.json`` with the header; records of other kernels in it are kept.
+def write(
+    folder: Path, taken_with: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write ``kernels.json`` with the :func:`header`; records of other kernels in it are kept.
 
     Returns:
         The file.
@@ -72,7 +74,7 @@ def write(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     for kernel in KERNELS:
         rows = [dict(record) for record in records if record["kernel"] == kernel]
         if rows:
-            kept[kernel] = {**header(), "records": rows}
+            kept[kernel] = {**taken_with, "records": rows}
     ordered = {kernel: kept[kernel] for kernel in KERNELS if kernel in kept}
     file.write_text(json.dumps({"kernels": ordered}, indent=1) + "\n")
     return file

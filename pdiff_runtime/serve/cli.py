@@ -364,12 +364,13 @@ def kernels(
     _set_threads(threads)
     if keep_memory:
         keep_freed_memory()
-    click.echo(suite.header()["machine"])
+    taken_with = suite.header()
+    click.echo(taken_with["machine"])
     records = []
     for record in suite.measure(kernel or tuple(suite.KERNELS), smoke=smoke):
         records.append(record)
         click.echo(text_of(record))
-    file = suite.write(out, records)
+    file = suite.write(out, taken_with, records)
     click.echo(file)
     try:
         pictures = plots.draw_all(file)
