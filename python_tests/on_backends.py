@@ -13,6 +13,19 @@ GPU_IMPLS = (Impl.TRITON,)
 """The GPU kernels of an op, unless its tests say otherwise."""
 
 
+def isa_fixture(isas: Sequence[str]) -> Callable[..., Iterator[str]]:
+    """A fixture that runs a test's CPU kernels with each instruction set."""
+
+    @pytest.fixture(params=list(isas))
+    def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+        with use_isa(request.param) as available:
+            if not available:
+                pytest.skip(f"{request.param} is not built or not on this machine")
+            yield request.param
+
+    return isa
+
+
 def backend_fixture(
     isas: Sequence[str], gpu_impls: Sequence[Impl] = GPU_IMPLS
 ) -> Callable[..., Iterator[Backend]]:

@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from on_backends import backend_fixture
+from on_backends import backend_fixture, isa_fixture
 
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
-from pdiff_runtime.testing import Backend, assert_within_budget, use_isa
+from pdiff_runtime.testing import Backend, assert_within_budget
 from pdiff_runtime.testing.problems import LAYOUTS, AttentionProblem, layout_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,12 +22,7 @@ ISAS = ["generic", "avx2", "avx512", "amx"]
 backend = backend_fixture(ISAS)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    with use_isa(request.param) as available:
-        if not available:
-            pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 def oracle(q, k, v, plan):

@@ -3,20 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from on_backends import isa_fixture
 
 from pdiff_runtime import ops
-from pdiff_runtime.testing import use_isa
 
 EPS = 1e-6
 ROUNDING = {torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request):
-    with use_isa(request.param) as available:
-        if not available:
-            pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+isa = isa_fixture(["generic", "avx2", "avx512"])
 
 
 def rows_of(num_rows, size, dtype):

@@ -5,19 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from on_backends import isa_fixture
 
 from pdiff_runtime import ops
-from pdiff_runtime.testing import use_isa
 
 ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request):
-    with use_isa(request.param) as available:
-        if not available:
-            pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+isa = isa_fixture(["generic", "avx2", "avx512"])
 
 
 def rows_of(num_rows, size, dtype):

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from on_backends import backend_fixture
+from on_backends import backend_fixture, isa_fixture
 
 from pdiff_runtime import _C, ops
 from pdiff_runtime.ops import Impl, Rule, reference
-from pdiff_runtime.testing import Backend, use_isa
+from pdiff_runtime.testing import Backend
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 VOCAB_SIZES = [1, 7, 17, 1000, 4096, 33_003]
@@ -37,12 +37,7 @@ def settings_few(*few):
     ]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    with use_isa(request.param) as available:
-        if not available:
-            pytest.skip(f"{request.param} is not built or not on this machine")
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 def random_logits(rows, vocab_size, dtype=F32, seed=0):

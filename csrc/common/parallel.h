@@ -17,8 +17,8 @@ bool is_forked();
 /// Calls body(task), or body(task, worker) with worker < max(1, num_threads), for every task in
 /// [0, num_tasks) on up to `num_threads` threads that take `grain` tasks at a time. The caller
 /// passes the count (Python: torch.get_num_threads(), which a fresh thread does not inherit); 1
-/// thread, a forked process or a build without OpenMP runs the plain loop. Tasks share nothing, so no result depends
-/// on the number of threads. `body` must not throw.
+/// thread, a forked process or a build without OpenMP runs the plain loop. Tasks share nothing, so
+/// no result depends on the number of threads. `body` must not throw.
 template <typename Body>
 PDIFF_INLINE void parallel_for(int64_t num_tasks, int num_threads, int64_t grain,
                                const Body& body) {

@@ -124,7 +124,7 @@ def _lines(axes: Any, title: str, records: Sequence[Record], color_of: Mapping[s
     if max(values) > 4 * min(values):
         axes.set_xscale("log")
     times = [r["ms"] for r in records] + [p["ms"] for r in records for p in r["peers"].values()]
-    if max(times) > 4 * min(times):
+    if max(times) > 12 * min(times):
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
     else:

@@ -125,6 +125,21 @@ struct ForwardBuffers {
   }
 };
 
+// s^T <- k @ q^T for the panel at `row`; kWide if it has more than 16 rows.
+template <bool kWide>
+PDIFF_INLINE void score_keys(const ForwardBuffers& x, int row, int key_steps, int padded_dim) {
+  for (int step = 0; step < key_steps; ++step) {
+    multiply_block<false, kWide>({.a = x.k + int64_t{step} * kTileDepth * padded_dim,
+                                  .a_row = padded_dim,
+                                  .a_below = kTileRows * padded_dim,
+                                  .a_step = kTileDepth,
+                                  .b = x.qt + int64_t{row} * padded_dim,
+                                  .c = x.s + step * kTileDepth * kPanelRows,
+                                  .c_row = kPanelRows},
+                                 padded_dim / kTileDepth);
+  }
+}
+
 // Softmax of the scores that lie in x.s, for 16 rows from `half` of the panel at `row` on.
 template <typename Put>
 PDIFF_INLINE bool softmax_of(const ForwardBuffers& x, const PanelKeys& seen, int row, int half,
@@ -141,20 +156,9 @@ PDIFF_INLINE bool softmax_of(const ForwardBuffers& x, const PanelKeys& seen, int
 template <bool kWide>
 PDIFF_INLINE void attend(const ForwardBuffers& x, const PanelKeys& seen, int panel, int padded_dim,
                          float scale, int offset) {
-  const int num_steps = padded_dim / kTileDepth;
   const int key_steps = (seen.num_keys + kTileDepth - 1) / kTileDepth;
   const int row = panel * kPanelRows;
-  // s^T <- k @ q^T
-  for (int step = 0; step < key_steps; ++step) {
-    multiply_block<false, kWide>({.a = x.k + int64_t{step} * kTileDepth * padded_dim,
-                                  .a_row = padded_dim,
-                                  .a_below = kTileRows * padded_dim,
-                                  .a_step = kTileDepth,
-                                  .b = x.qt + int64_t{row} * padded_dim,
-                                  .c = x.s + step * kTileDepth * kPanelRows,
-                                  .c_row = kPanelRows},
-                                 num_steps);
-  }
+  score_keys<kWide>(x, row, key_steps, padded_dim);
   bool rose = false;
   for (int half = 0; half < (kWide ? kPanelRows : kTileRows); half += kTileRows) {
     bfloat16* p = x.p + half / kTileRows * kTileElements;
@@ -206,19 +210,8 @@ PDIFF_INLINE void turn_weights(const float* s, int num_keys, bfloat16* to) {
 template <bool kTall>
 PDIFF_INLINE void attend_few(const ForwardBuffers& x, const PanelKeys& seen, int padded_keys,
                              int padded_dim, float scale, int offset) {
-  const int num_steps = padded_dim / kTileDepth;
   const int key_steps = (seen.num_keys + kTileDepth - 1) / kTileDepth;
-  // s^T <- k @ q^T
-  for (int step = 0; step < key_steps; ++step) {
-    multiply_block<false, kTall>({.a = x.k + int64_t{step} * kTileDepth * padded_dim,
-                                  .a_row = padded_dim,
-                                  .a_below = kTileRows * padded_dim,
-                                  .a_step = kTileDepth,
-                                  .b = x.qt,
-                                  .c = x.s + step * kTileDepth * kPanelRows,
-                                  .c_row = kPanelRows},
-                                 num_steps);
-  }
+  score_keys<kTall>(x, 0, key_steps, padded_dim);
   for (int half = 0; half < (kTall ? kPanelRows : kTileRows); half += kTileRows) {
     float* s = x.s + half;
     const bool rose = softmax_of(x, seen, 0, half, scale, offset, [&](int j, Vec even, Vec odd) {
