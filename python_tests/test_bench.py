@@ -90,6 +90,16 @@ def test_without_matplotlib_the_numbers_are_there(monkeypatch, tmp_path):
     assert (tmp_path / "kernels.json").exists()
 
 
+@pytest.mark.parametrize("content", ["{broken", "{}", "[]", '{"kernels": 3}'])
+def test_another_file_in_the_way_is_named_before_anything_is_measured(content, tmp_path):
+    (tmp_path / "kernels.json").write_text(content)
+    result = run("attention_plan", "--smoke", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "kernels.json: expected what `pdiff bench kernels` has written" in result.output
+    assert "attention_plan plan" not in result.output
+    assert (tmp_path / "kernels.json").read_text() == content
+
+
 def test_an_unknown_kernel_is_named(tmp_path):
     result = run("softmax", "--out", tmp_path)
     assert result.exit_code == 2

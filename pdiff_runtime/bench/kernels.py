@@ -6,6 +6,7 @@ import datetime
 import functools
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ KERNELS: Mapping[str, Callable[[int], list[Case]]] = {
 """The cases of each kernel, with lengths a given number of times smaller."""
 
 SMOKE_SCALE = 64
+FILE = "kernels.json"
 
 
 def header() -> dict[str, Any]:
@@ -42,18 +44,40 @@ def header() -> dict[str, Any]:
     return {"machine": machine(), "date": now.strftime("%Y-%m-%d %H:%M UTC")}
 
 
-def measure(kernels: Sequence[str], *, smoke: bool = False) -> Iterator[dict[str, Any]]:
-    """A record of each case, as soon as it is measured; see :meth:`Case.measure`.
+def measure(kernel: str, *, smoke: bool = False) -> Iterator[dict[str, Any]]:
+    """A record of each case of a kernel, as soon as it is measured; see :meth:`Case.measure`.
 
     Args:
-        kernels: Keys of :data:`KERNELS`.
+        kernel: Key of :data:`KERNELS`.
         smoke: Tiny shapes and few rounds: numbers that say nothing but that it runs.
     """
-    for kernel in kernels:
-        for case in KERNELS[kernel](SMOKE_SCALE if smoke else 1):
-            seconds = 0.0 if smoke else 10.0 if case.at is None else 4.0
-            yield case.measure(case.prepare(), max_seconds=seconds)
-            gc.collect()  # gigabytes of logits
+    for case in KERNELS[kernel](SMOKE_SCALE if smoke else 1):
+        seconds = 0.0 if smoke else 10.0 if case.at is None else 4.0
+        yield case.measure(case.prepare(), max_seconds=seconds)
+        gc.collect()  # gigabytes of logits
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder, and raise ValueError unless results can be written to it later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / FILE
+    if not file.exists():
+        file.touch()
+        file.unlink()
+    elif not os.access(file, os.W_OK):
+        raise ValueError(f"{file}: expected a file that can be written")
+    _read(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What each kernel measured; nothing if there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        kernels = json.loads(file.read_text())["kernels"]
+        return {kernel: kernels[kernel] for kernel in KERNELS if kernel in kernels}
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError):
+        raise ValueError(f"{file}: expected what `pdiff bench kernels` has written") from None
 
 
 def write(
@@ -64,17 +88,12 @@ def write(
     Returns:
         The file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "kernels.json"
-    measured = {record["kernel"] for record in records}
-    kept: dict[str, Any] = {}
-    if file.exists():
-        old = json.loads(file.read_text())
-        kept = {kernel: rows for kernel, rows in old["kernels"].items() if kernel not in measured}
+    file = folder / FILE
+    kernels = _read(file)
     for kernel in KERNELS:
         rows = [dict(record) for record in records if record["kernel"] == kernel]
         if rows:
-            kept[kernel] = {**taken_with, "records": rows}
-    ordered = {kernel: kept[kernel] for kernel in KERNELS if kernel in kept}
+            kernels[kernel] = {**taken_with, "records": rows}
+    ordered = {kernel: kernels[kernel] for kernel in KERNELS if kernel in kernels}
     file.write_text(json.dumps({"kernels": ordered}, indent=1) + "\n")
     return file

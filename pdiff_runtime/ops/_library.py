@@ -114,21 +114,39 @@ def cuda_stream(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
+def is_traced() -> bool:
+    """Whether someone records or intercepts torch's calls, who would not see one of the core."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # FakeTensorMode, make_fx
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    )
+
+
 def fits_cpu_kernel(x: Tensor, y: Tensor) -> bool:
     """Whether an op that is torch's elsewhere may run its CPU kernel on rows x, with y.
 
-    They do, and nothing wants a gradient, traces or casts.
+    Their memory is what they hold, and nothing wants a gradient, traces or casts.
     """
     return (
-        x.is_cpu
-        and y.is_cpu
+        not is_traced()
+        and _is_plain(x)
+        and _is_plain(y)
         and x.dtype in DTYPE_CODES
-        and x.ndim == 2
         and x.numel() > 0
         and x.stride(1) == 1
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and torch.autograd.forward_ad._current_level < 0
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
+        and not x.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
 
 

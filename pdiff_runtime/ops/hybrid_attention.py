@@ -16,6 +16,7 @@ from pdiff_runtime.ops._library import (
     Impl,
     check_tensor,
     cuda_stream,
+    is_traced,
     library,
     pointer,
     select_impl,
@@ -96,7 +97,7 @@ def hybrid_attention(
         return (out, lse) if return_lse else out
     if choice is not Impl.CPU:
         _check(q, k, v, plan, _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES)
-    if torch.compiler.is_compiling() or (
+    if is_traced() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     ):
         out, lse = torch.ops.pdiff.hybrid_attention(

@@ -26,6 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError: The shapes do not fit: "weight: expected [192], got [191]".
     """
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [rows, size], got {list(x.shape)}")
     weight = weight.to(x.dtype)
     rows, size = x.shape
     if weight.shape != (size,):

@@ -25,6 +25,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes or dtypes differ: "up: expected torch.float32 [9, 512], got ...".
     """
+    if gate.ndim != 2:
+        raise ValueError(f"gate: expected [rows, size], got {list(gate.shape)}")
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
             f"up: expected {gate.dtype} {list(gate.shape)}, got {up.dtype} {list(up.shape)}"
