@@ -41,6 +41,12 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ELEMENT_TYPES = tuple(DTYPE_CODES)
 """What logits, q, k and v may hold."""
 
+# By their own names: every step of a dotted one is a share of a call that takes microseconds.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 FLOAT32_MAX: float = torch.finfo(torch.float32).max
 
 Size: TypeAlias = int | str | None
@@ -118,8 +124,8 @@ def is_traced() -> bool:
     """Whether someone records or intercepts torch's calls, who would not see one of the core."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0  # FakeTensorMode, make_fx
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or _num_dispatch_modes() > 0  # FakeTensorMode, make_fx
+        or _tracing_state() is not None  # torch.jit.trace
     )
 
 
@@ -142,12 +148,7 @@ def fits_cpu_kernel(x: Tensor, y: Tensor) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.is_cpu
-        and not x.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return type(x) in _PLAIN_TYPES and x.is_cpu and not x.is_neg() and not _is_wrapped(x)
 
 
 def check_tensor(

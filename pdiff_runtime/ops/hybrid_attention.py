@@ -25,6 +25,9 @@ from pdiff_runtime.ops.attention_plan import AttentionPlan
 
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
+# What every call on a CPU asks: to look up an enum's member takes a fiftieth of it.
+_AUTO, _CPU, _REFERENCE = Impl.AUTO, Impl.CPU, Impl.REFERENCE
+
 
 @overload
 def hybrid_attention(
@@ -92,10 +95,10 @@ def hybrid_attention(
     if not 0 <= softmax_scale <= FLOAT32_MAX:
         raise ValueError(f"softmax_scale: expected a finite number >= 0, got {softmax_scale}")
     choice = _select(impl, q, plan)
-    if choice is Impl.REFERENCE:
+    if choice is _REFERENCE:
         out, lse = reference.hybrid_attention(q, k, v, plan, softmax_scale)
         return (out, lse) if return_lse else out
-    if choice is not Impl.CPU:
+    if choice is not _CPU:
         _check(q, k, v, plan, _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES)
     if is_traced() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -112,7 +115,7 @@ def hybrid_attention(
 
 def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
     """The implementation that runs: by default the one that the plan was packed for."""
-    if impl is Impl.AUTO and plan.impl is Impl.CPU:  # spared the checks on every call
+    if impl is _AUTO and plan.impl is _CPU:  # spared the checks on every call
         return plan.impl
     if impl is Impl.AUTO and plan.impl is Impl.CUDA and q.dtype is torch.float32 and q.is_cuda:
         impl = Impl.TRITON  # walks the same plan
@@ -159,7 +162,7 @@ def _forward(
     impl: Impl,
 ) -> Tensor:
     """`plan` holds the plan's words; `lse` is written unless None."""
-    if impl is not Impl.CPU:
+    if impl is not _CPU:
         if impl is Impl.CUDA:
             return _forward_cuda(q, k, v, plan, num_slots, softmax_scale, lse)
         from pdiff_runtime.ops import triton

@@ -28,7 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.ndim != 2:
         raise ValueError(f"x: expected [rows, size], got {list(x.shape)}")
-    weight = weight.to(x.dtype)
+    if weight.dtype is not x.dtype:
+        weight = weight.to(x.dtype)
     rows, size = x.shape
     if weight.shape != (size,):
         raise ValueError(f"weight: expected [{size}], got {list(weight.shape)}")

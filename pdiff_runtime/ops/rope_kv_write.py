@@ -15,6 +15,7 @@ from pdiff_runtime.ops._library import (
     check_rows_apart,
     check_tensor,
     cuda_stream,
+    is_traced,
     library,
     pointer,
     select_impl,
@@ -56,7 +57,7 @@ def rope_kv_write_(
     Raises:
         ValueError: A shape, dtype, device, position or slot does not fit; nothing is written then.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         torch.ops.pdiff.rope_kv_write_(
             q, k, v, cos, sin, positions, slots, k_cache, v_cache, str(impl)
         )

@@ -19,6 +19,7 @@ from pdiff_runtime.ops._library import (
     check_no_grad,
     check_tensor,
     cuda_stream,
+    is_traced,
     library,
     pointer,
     select_impl,
@@ -150,7 +151,7 @@ def unmask_(
     rule = _checked_rule(rule, threshold)
     settings = _Settings(temperature, top_p, top_k, alg_temp, threshold, step_idx)
     _check_numbers(settings)
-    if torch.compiler.is_compiling():
+    if is_traced():
         result = torch.ops.pdiff.unmask_(
             token_ids, logits, row_position, cu_rows_span, num_unmask, rule,
             *_as_tensors(settings, num_unmask), banned_ids, seeds, positions, num_masked, str(impl),

@@ -17,6 +17,7 @@ from pdiff_runtime.ops._library import (
     check_rows_apart,
     check_tensor,
     cuda_stream,
+    is_traced,
     library,
     pointer,
     select_impl,
@@ -74,13 +75,13 @@ def weighted_cross_entropy(
     Raises:
         ValueError: A shape, dtype, device, label or kind does not fit.
     """
-    compiling = torch.compiler.is_compiling()
+    traced = is_traced()
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace_backward and needs_grad and not compiling:
+    if inplace_backward and needs_grad and not traced:
         if logits.is_leaf:
             raise ValueError("inplace_backward: expected logits computed by the model, got a leaf")
         outputs = _InplaceBackward.apply(logits, labels, weight, kind, normaliser, impl)
-    elif compiling or needs_grad:
+    elif traced or needs_grad:
         if not isinstance(normaliser, Tensor):
             normaliser = torch.full((), normaliser, dtype=torch.float64, device=logits.device)
         outputs = torch.ops.pdiff.weighted_cross_entropy(
