@@ -96,6 +96,92 @@ class PlanState:
 
 def plan_mask_table() -> npt.NDArray[np.bool_]: ...
 
+class OutOfPagesError(RuntimeError):
+    """More pages were asked for than are free."""
+
+class PageAllocator:
+    """Who holds which page of a KV cache, and which pages hold prefixes to find again.
+
+    A page is held, by one reference or more, or evictable, which is cached and not held, or free.
+    The prefix cache is a tree: an entry is a page under what determines its content, the serial of
+    its parent (0 for none) and tokens, which are compared in full. A serial is never used twice.
+    Whoever holds a page of the cache shall hold its parent as long: what is below an evicted page
+    leaves the cache with it.
+
+    Args:
+        num_pages: Pages are numbered from 0 to ``num_pages - 1``.
+
+    Raises:
+        ValueError: Here and below, an argument is wrong; nothing was changed.
+    """
+
+    def __init__(self, num_pages: int) -> None: ...
+    @property
+    def num_pages(self) -> int:
+        """Pages in all."""
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds, evictable ones included."""
+    @property
+    def num_cached(self) -> int:
+        """Pages in the prefix cache, held or not."""
+    @property
+    def num_evictions(self) -> int:
+        """Entries that had to leave the cache for allocations so far."""
+    def allocate(self, count: int) -> list[int]:
+        """Take pages, with one reference each.
+
+        Free ones come first, last freed first; then those evictable that were released longest ago.
+
+        Raises:
+            OutOfPagesError: Fewer are free; none is taken.
+        """
+    def retain(self, pages: Sequence[int]) -> None:
+        """Add one reference to each page, and to one listed twice two.
+
+        Raises:
+            ValueError: A page is neither held nor cached.
+        """
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop one reference of each page; without any it is evictable if cached, else free.
+
+        Args:
+            pages: In the order of positions; the last is released first, and so evicted first.
+
+        Raises:
+            ValueError: A page is listed more often than it is held.
+        """
+    def reference_count(self, page: int) -> int:
+        """How often a page is held."""
+    def publish(self, page: int, parent: int, tokens: npt.NDArray[np.int64]) -> int:
+        """Enter a page into the prefix cache.
+
+        Args:
+            page: Held and not cached.
+            parent: Serial of the entry before it; 0 for none.
+            tokens: ``[num_tokens]`` of any numbers, at least one: with ``parent``, all that
+                determines what the page holds.
+
+        Returns:
+            The page's serial; 0, with nothing changed, if another page has this key.
+
+        Raises:
+            ValueError: ``page`` or ``tokens`` is not as above, or ``parent`` has left the cache.
+        """
+    def find(self, parent: int, tokens: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+        """Page and serial of the entry with this key.
+
+        The page is not held by this, nor evicted later for it.
+        """
+    def clear_cache(self) -> None:
+        """Take every page out of the prefix cache; held ones stay held."""
+    def check_integrity(self) -> None:
+        """Check that all the books agree, in time proportional to the pages.
+
+        Raises:
+            RuntimeError: They do not; it says where.
+        """
+
 class AttentionPlan:
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 
 from pdiff_runtime import LLM, EngineConfig, GenerationParams, SpanLayout, ops
 from pdiff_runtime.denoise import num_steps, num_unmask
-from pdiff_runtime.engine import Finished, PlanReady, SpanUpdate
+from pdiff_runtime.engine import BadLogitsError, Finished, PlanReady, SpanUpdate
 from pdiff_runtime.models.attention import PackedAttention
 from pdiff_runtime.plan import PlanGrammar, parse_plan
 
@@ -258,7 +258,7 @@ def test_bad_logits_fail_the_request_not_the_engine(llm, tiny_tags):
     for mode in ("planned", "ar", "diffusion"):
         (output,) = bad.generate([PROMPT], GenerationParams(mode=mode, max_tokens=20))
         assert output.finish_reason == "error"
-        assert "not numbers" in output.error
+        assert isinstance(output.error, BadLogitsError)
     assert not bad.engine.has_work
     assert bad.engine.allocator.num_free == bad.engine.allocator.num_pages
 

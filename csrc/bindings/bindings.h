@@ -9,6 +9,7 @@ namespace pdiff::bindings {
 void bind_environment(pybind11::module_& m);
 void bind_span_layout(pybind11::module_& m);
 void bind_plan_grammar(pybind11::module_& m);
+void bind_page_allocator(pybind11::module_& m);
 void bind_attention_plan(pybind11::module_& m);
 void bind_hybrid_attention(pybind11::module_& m);
 void bind_unmask(pybind11::module_& m);

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
   bind_environment(m);
   bind_span_layout(m);
   bind_plan_grammar(m);
+  bind_page_allocator(m);
   bind_attention_plan(m);
   bind_hybrid_attention(m);
   bind_unmask(m);

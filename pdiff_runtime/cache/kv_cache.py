@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,9 @@ class KVCache:
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Key and value pages of one layer."""
         return self.k[layer_idx], self.v[layer_idx]
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Fill pages of all layers with zeros."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.k[0].device)
+        for tensor in (*self.k, *self.v):
+            tensor.index_fill_(0, index, 0)

@@ -1,36 +1,46 @@
-"""The engine: admits requests and moves all of them one forward at a time."""
+"""The engine: holds requests and moves all of them one forward at a time."""
 
 from __future__ import annotations
 
-import collections
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from pdiff_runtime.cache import KVCache, PageAllocator, PageTable
+from pdiff_runtime.cache import KVCache, PageAllocator
+from pdiff_runtime.engine.errors import (
+    BadLogitsError,
+    DuplicateRequestError,
+    OutOfMemoryError,
+    OverloadedError,
+    RequestTooLongError,
+)
 from pdiff_runtime.engine.output import (
     Event,
     Finished,
+    FinishReason,
     PlanReady,
     RequestOutput,
     Round,
+    SpanDone,
     SpanUpdate,
+    Text,
 )
-from pdiff_runtime.engine.params import EngineConfig, GenerationParams
-from pdiff_runtime.engine.request import Limits, Phase, PlanRound, Request
+from pdiff_runtime.engine.params import MAX_SEED, EngineConfig, GenerationParams
+from pdiff_runtime.engine.reader import Decode
+from pdiff_runtime.engine.request import Limits, PlanRound, Request, Work
 from pdiff_runtime.engine.runner import Predicted, Runner
-from pdiff_runtime.models.decoder import Decoder
+from pdiff_runtime.engine.scheduler import Scheduler
+from pdiff_runtime.models.decoder import Decoder, project_at_once
+from pdiff_runtime.models.row_tiles import RowTiles
 from pdiff_runtime.plan import ControlTokens, PlanError, PlanGrammar, parse_plan, visible_text
-
-Decode = Callable[[Sequence[int]], str]
 
 
 class Engine:
     """Runs any number of requests over one model.
 
-    Requests are admitted in the order they come, each when its longest possible course fits into
-    the KV cache beside those that run.
+    Requests may come and go between any two steps. Nothing here is safe to call from two threads
+    at once; :class:`~pdiff_runtime.engine.AsyncEngine` is.
 
     Args:
         model: The decoder, in the dtype it shall run in.
@@ -39,6 +49,10 @@ class Engine:
         decode: Token ids to text, for the visible text of outputs.
         banned_ids: Ids beside the control tokens that may never be written, such as other special
             tokens and rows of the embedding beyond the tokenizer's vocabulary.
+
+    Attributes:
+        allocator: Of the KV cache's pages; all of them are free when no request is there.
+        num_steps: Forwards so far.
     """
 
     def __init__(
@@ -60,26 +74,30 @@ class Engine:
             max_topics=config.max_topics,
             banned_ids=tuple(banned_ids),
         )
-        self.limits = Limits(tags, grammar, shape.length_unit, config.draft_plan)
+        self.limits = Limits(tags, grammar, shape.length_unit, config.draft_plan, config.page_size)
         ar_mask = torch.ones(shape.vocab_size, dtype=torch.bool)
         ar_mask[[*(tags.control_ids - {tags.eos}), *banned_ids]] = False
+        weight = model.model.embed_tokens.weight
         self.runner = Runner(
             model,
             KVCache(
                 num_layers=shape.num_layers, num_pages=num_pages, page_size=config.page_size,
-                num_heads_kv=shape.num_heads_kv, head_dim=shape.head_dim,
-                dtype=model.model.embed_tokens.weight.dtype,
-                device=model.model.embed_tokens.weight.device,
+                num_heads_kv=shape.num_heads_kv, head_dim=shape.head_dim, dtype=weight.dtype,
+                device=weight.device,
             ),
             banned_in_span=torch.tensor(sorted({*tags.banned_in_span, *banned_ids} - {tags.pad})),
             plan_masks=grammar.masks,
             ar_mask=ar_mask,
             max_logits_rows=config.max_logits_rows,
+            project=RowTiles() if config.batch_invariant else project_at_once,
+            split_keys=not config.batch_invariant,
         )  # fmt: skip
-        self.waiting: collections.deque[Request] = collections.deque()
-        self.running: list[Request] = []
-        self._reserved: dict[str, int] = {}
-        self._started: dict[str, float] = {}
+        self.scheduler = Scheduler(config, self.allocator)
+        self.num_steps = 0
+        self._requests: dict[str, Request] = {}
+        self._num_arrived = 0
+
+    # --- what callers do ---
 
     def add(
         self,
@@ -87,7 +105,11 @@ class Engine:
         prompt_ids: Sequence[int],
         params: GenerationParams,
         user_rounds: Sequence[Sequence[int]] = (),
-    ) -> None:
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        with_text: bool = False,
+    ) -> list[str]:
         """Queue a request.
 
         Args:
@@ -95,14 +117,63 @@ class Engine:
             prompt_ids: Token ids, control tokens excluded.
             params: How to answer.
             user_rounds: Token ids of each round's plan, sync or eos included, to denoise only.
+            priority: Requests with smaller numbers are served first.
+            timeout_s: Seconds after which it ends with what it has, and "deadline".
+            with_text: Whether :class:`Text` events are wanted.
+
+        Returns:
+            The ids its events carry: its own, or ``id/0``, ``id/1``, ... with ``params.n > 1``.
 
         Raises:
             ValueError: Bad ids, or a request that could never fit; nothing was queued.
+            OverloadedError: ``max_waiting`` requests wait already.
         """
-        if any(request_id == r.request_id for r in (*self.waiting, *self.running)):
-            raise ValueError(f"request_id: {request_id!r} is already there")
+        self.check(prompt_ids, params, user_rounds, priority=priority, timeout_s=timeout_s)
+        ids = [request_id]
+        if params.n > 1:
+            ids = [f"{request_id}/{idx}" for idx in range(params.n)]
+        for each in (request_id, *ids):
+            if each in self._requests:
+                raise DuplicateRequestError(f"request_id: {each!r} is already there")
+        if not self.has_room(len(ids)):
+            raise OverloadedError(f"max_waiting: {self.config.max_waiting} requests wait already")
+        now = time.perf_counter()
+        seed, leader = params.resolve_seed(), None
+        for idx, each in enumerate(ids):
+            request = Request(
+                each, prompt_ids, params, self.limits, self.allocator, user_rounds,
+                seed=(seed + idx) % (MAX_SEED + 1),
+                priority=priority,
+                arrival=self._num_arrived,
+                deadline=None if timeout_s is None else now + timeout_s,
+                leader=leader if self.config.prefix_cache else None,
+                decode=self.decode if with_text or params.stop else None,
+            )  # fmt: skip
+            leader = leader or request
+            self._num_arrived += 1
+            self._requests[each] = request
+            if not request.is_done:  # a budget without room for the plan
+                self.scheduler.add(request)
+        return ids
+
+    def check(
+        self,
+        prompt_ids: Sequence[int],
+        params: GenerationParams,
+        user_rounds: Sequence[Sequence[int]] = (),
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Raise the ``ValueError`` that :meth:`add` would; safe from any thread."""
         self._check_prompt(prompt_ids)
         self._check_plan(user_rounds)
+        if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 1 << 31:
+            raise ValueError(f"priority: expected a 32-bit integer, got {priority!r}")
+        if timeout_s is not None and not (
+            isinstance(timeout_s, int | float) and 0 < timeout_s < float("inf")
+        ):
+            raise ValueError(f"timeout_s: expected a number above 0, got {timeout_s!r}")
         plan_tokens = sum(map(len, user_rounds)) - 1 if user_rounds else 0
         if plan_tokens > params.max_tokens:
             raise ValueError(
@@ -114,42 +185,180 @@ class Engine:
             (self.allocator.num_pages * self.config.page_size, "kv_cache_tokens"),
         ):
             if longest > limit:
-                raise ValueError(
+                raise RequestTooLongError(
                     f"max_tokens: a prompt of {len(prompt_ids)} and max_tokens="
                     f"{params.max_tokens} need {longest} tokens, {name} hold {limit}"
                 )
-        pages = PageTable(self.allocator, self.config.page_size)
-        self.waiting.append(
-            Request(request_id, prompt_ids, params, self.limits, pages, user_rounds)
-        )
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget requests, waiting or running, and give their pages back; unknown ids are fine."""
-        aborted = set(request_ids)
-        for request in self.running:
-            if request.request_id in aborted:
-                request.pages.release()
-                del self._reserved[request.request_id], self._started[request.request_id]
-        self.running = [r for r in self.running if r.request_id not in aborted]
-        self.waiting = collections.deque(r for r in self.waiting if r.request_id not in aborted)
+    def abort(self, request_ids: Sequence[str]) -> list[Event]:
+        """End requests, waiting or running, with what they have; unknown ids are fine."""
+        events: list[Event] = []
+        for request_id in dict.fromkeys(request_ids):
+            if request_id in self._requests:
+                self._end(self._requests[request_id], events, "abort")
+        return events
+
+    def has_room(self, num_requests: int) -> bool:
+        """Whether the queue takes so many more requests; into an empty one any number goes."""
+        num_waiting = len(self.scheduler.waiting)
+        return num_waiting == 0 or num_waiting + num_requests <= self.config.max_waiting
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all requests that wait or run."""
+        return list(self._requests)
 
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self.waiting or self.running)
+        return bool(self._requests)
 
     def step(self) -> list[Event]:
         """Admit what fits, forward once, and say what happened."""
         events: list[Event] = []
-        self._admit(events)
-        # A budget without room for a span ends a request before its first forward.
-        works = [request.work() for request in self.running if request.phase is not Phase.DONE]
-        if works:
-            for work, predicted in zip(works, self.runner.run(works), strict=True):
-                work.request.forwarded()
-                self._advance(work.request, predicted, events)
-        self._retire(events)
+        now = time.perf_counter()
+        for request in [r for r in self._requests.values() if r.is_done or r.is_late(now)]:
+            self._end(request, events, "deadline")
+        works = self.scheduler.schedule()
+        if not works:
+            return events
+        self.num_steps += 1
+        for work, predicted in self._forward(works):
+            self._advance(work, predicted, events)
+            work.request.clock()
+        for work in works:
+            if work.request.is_done:
+                self._end(work.request, events)
         return events
+
+    def check_integrity(self) -> None:
+        """Raise ``RuntimeError`` if the books of pages and requests disagree. For tests."""
+        self.allocator.check_integrity()
+        held = [page for r in self._requests.values() for page in r.pages.held()]
+        num_held = self.allocator.num_pages - self.allocator.num_free
+        if len(set(held)) != num_held:
+            raise RuntimeError(f"pages: {num_held} are held, requests know of {len(set(held))}")
+        for page in set(held):
+            if self.allocator.reference_count(page) != held.count(page):
+                raise RuntimeError(f"page {page}: reference count and holders differ")
+        queued = [r.request_id for r in (*self.scheduler.waiting, *self.scheduler.running)]
+        if sorted(queued) != sorted(r.request_id for r in self._requests.values() if not r.is_done):
+            raise RuntimeError("requests: the scheduler's and the engine's differ")
+        for request in self.scheduler.waiting:
+            if request.pages.num_pages or request.computed:
+                raise RuntimeError(f"{request.request_id}: waits with pages")
+
+    # --- one step ---
+
+    def _forward(self, works: list[Work]) -> list[tuple[Work, Predicted]]:
+        """Run the forward; where memory is short in halves, where it still is without the worst."""
+        try:
+            return list(zip(works, self.runner.run(works), strict=True))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        done: list[tuple[Work, Predicted]] = []
+        middle = (len(works) + 1) // 2
+        for half in (works[:middle], works[middle:]):
+            try:
+                done += zip(half, self.runner.run(half) if half else [], strict=True)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                # The others of the half are as they were before the step, and try again.
+                largest = max(half, key=lambda work: work.num_rows)
+                failure = OutOfMemoryError(f"a forward of {largest.num_rows} rows: {error}")
+                largest.request.finish("error", error=failure)
+        return done
+
+    def _advance(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
+        request = work.request
+        request.forwarded(work)
+        if predicted.is_nan:
+            # Its pages may hold what is no number; nobody else shall ever read that.
+            self.runner.cache.clear(request.private_pages())
+            error = BadLogitsError("the model's logits are not numbers")
+            request.finish("error", error=error)
+            return
+        self._announce(request, events)
+        if work.spans:
+            self._denoised(work, predicted, events)
+        elif predicted.token_ids:
+            request.accept_tokens(predicted.token_ids, predicted.logprobs)
+        self._announce(request, events)
+        if request.reader is not None and (text := request.reader.take()):
+            events.append(Text(request.request_id, text))
+        if self.config.prefix_cache and request.has_predicted and not request.is_done:
+            request.publish()
+
+    def _denoised(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
+        request, writes = work.request, predicted.writes
+        plan_round, round_idx = request.open_round, len(request.rounds) - 1
+        positions, token_ids = [w.position for w in writes], [w.token_id for w in writes]
+        update = SpanUpdate(request.request_id, plan_round.step_idx, positions, token_ids)
+        events.append(update)
+        for span_idx in request.accept_denoised(work.spans, writes):
+            content = request.token_ids[slice(*plan_round.spans[span_idx].content)]
+            text = visible_text(content, self.tags, self.decode)
+            events.append(SpanDone(request.request_id, round_idx, span_idx, text))
+
+    def _announce(self, request: Request, events: list[Event]) -> None:
+        """Say so if the request has come to the spans of a round."""
+        while request.num_announced < len(request.rounds):
+            plan_round = request.rounds[request.num_announced]
+            topics = [self._words(topic.token_ids) for topic in plan_round.topics]
+            bounds = [span.content for span in plan_round.spans]
+            events.append(PlanReady(request.request_id, request.num_announced, topics, bounds))
+            request.num_announced += 1
+
+    def _end(
+        self, request: Request, events: list[Event], reason: FinishReason | None = None
+    ) -> None:
+        """Forget a request that is done, or that ends now for a reason from outside."""
+        if reason is not None and not request.is_done:
+            request.cut()
+            request.finish(reason)
+        self.scheduler.remove([request])
+        del self._requests[request.request_id]
+        if request.reader is not None and (text := request.reader.take(is_last=True)):
+            events.append(Text(request.request_id, text))
+        events.append(Finished(request.request_id, self._output(request)))
+
+    def _output(self, request: Request) -> RequestOutput:
+        assert request.finish_reason is not None
+        answer = request.token_ids[request.prompt_len :]
+        text = visible_text(answer, self.tags, self.decode)
+        if request.reader is not None and request.reader.is_stopped:
+            text = request.reader.text
+        logprobs = None
+        if request.params.logprobs:
+            positions = range(request.prompt_len, len(request.token_ids))
+            logprobs = [request.logprobs.get(position) for position in positions]
+        return RequestOutput(
+            request_id=request.request_id,
+            token_ids=answer,
+            text=text,
+            rounds=[self._round(request, plan_round) for plan_round in request.rounds],
+            finish_reason=request.finish_reason,
+            usage=request.usage,
+            error=request.error,
+            logprobs=logprobs,
+        )
+
+    def _round(self, request: Request, plan_round: PlanRound) -> Round:
+        contents = [request.token_ids[slice(*span.content)] for span in plan_round.spans]
+        return Round(
+            topics=[self._words(topic.token_ids) for topic in plan_round.topics],
+            lengths=[len(content) for content in contents],
+            spans=[visible_text(content, self.tags, self.decode) for content in contents],
+            num_steps=plan_round.num_steps,
+            history=plan_round.history,
+        )
+
+    def _words(self, token_ids: Sequence[int]) -> str:
+        return self.decode(token_ids).strip()
+
+    # --- what callers may ask for ---
 
     def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
         if len(prompt_ids) == 0:
@@ -183,77 +392,9 @@ class Engine:
                     f"got {token_id} at position {position}"
                 )
 
-    def _admit(self, events: list[Event]) -> None:
-        while self.waiting and len(self.running) < self.config.max_requests:
-            request = self.waiting[0]
-            pages = -(-(request.prompt_len + request.remaining) // self.config.page_size)
-            if sum(self._reserved.values()) + pages > self.allocator.num_pages:
-                return
-            self.waiting.popleft()
-            self._reserved[request.request_id] = pages
-            self._started[request.request_id] = time.perf_counter()
-            request.start()
-            self.running.append(request)
-            self._announce(request, events)
 
-    def _advance(self, request: Request, predicted: Predicted, events: list[Event]) -> None:
-        if predicted.is_nan:
-            request.finish("error", error="the model's logits are not numbers")
-        elif request.phase is Phase.DENOISE:
-            plan_round, num_rounds = request.rounds[-1], len(request.rounds)
-            step_idx = plan_round.step_idx
-            request.accept_denoised(predicted.writes)
-            positions, token_ids = (list(column) for column in zip(*predicted.writes, strict=True))
-            events.append(SpanUpdate(request.request_id, step_idx, positions, token_ids))
-            if len(request.rounds) > num_rounds:  # a user's next round
-                events.append(self._plan_ready(request))
-        else:
-            request.accept_tokens(predicted.token_ids)
-            self._announce(request, events)
-
-    def _retire(self, events: list[Event]) -> None:
-        for request in [r for r in self.running if r.phase is Phase.DONE]:
-            self.running.remove(request)
-            del self._reserved[request.request_id]
-            request.usage.seconds = time.perf_counter() - self._started.pop(request.request_id)
-            events.append(Finished(request.request_id, self._output(request)))
-
-    def _announce(self, request: Request, events: list[Event]) -> None:
-        """Say so if the request has come to its spans."""
-        if request.phase is Phase.DENOISE:
-            events.append(self._plan_ready(request))
-
-    def _plan_ready(self, request: Request) -> PlanReady:
-        plan_round = request.rounds[-1]
-        return PlanReady(
-            request.request_id,
-            len(request.rounds) - 1,
-            [self._words(topic.token_ids) for topic in plan_round.topics],
-            [span.content for span in plan_round.spans],
-        )
-
-    def _words(self, token_ids: Sequence[int]) -> str:
-        return self.decode(token_ids).strip()
-
-    def _output(self, request: Request) -> RequestOutput:
-        assert request.finish_reason is not None
-        answer = request.token_ids[request.prompt_len :]
-        return RequestOutput(
-            request_id=request.request_id,
-            token_ids=answer,
-            text=visible_text(answer, self.tags, self.decode),
-            rounds=[self._round(request, plan_round) for plan_round in request.rounds],
-            finish_reason=request.finish_reason,
-            usage=request.usage,
-            error=request.error,
-        )
-
-    def _round(self, request: Request, plan_round: PlanRound) -> Round:
-        contents = [request.token_ids[slice(*span.content)] for span in plan_round.spans]
-        return Round(
-            topics=[self._words(topic.token_ids) for topic in plan_round.topics],
-            lengths=[len(content) for content in contents],
-            spans=[visible_text(content, self.tags, self.decode) for content in contents],
-            num_steps=plan_round.num_steps,
-            history=plan_round.history,
-        )
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; the host's allocator has no type for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -14,6 +15,7 @@ import torch
 from pdiff_runtime.engine.engine import Engine
 from pdiff_runtime.engine.output import Event, Finished, RequestOutput
 from pdiff_runtime.engine.params import EngineConfig, GenerationParams, UserRound
+from pdiff_runtime.engine.progress import Bar
 from pdiff_runtime.models import Decoder, Tokenizer, load_model, resolve_checkpoint
 from pdiff_runtime.plan import ControlTokens
 
@@ -77,12 +79,18 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: GenerationParams | Sequence[GenerationParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer prompts together; the answers keep their order.
 
         Args:
             prompts: One prompt, or a list of them.
             params: For all, or one each; None for `default_params`.
+            progress: Show a bar on stderr.
+
+        Returns:
+            ``params.n`` answers for each prompt, those of one prompt one after another.
 
         Raises:
             ValueError: A bad prompt or parameter; nothing was run.
@@ -103,17 +111,21 @@ class LLM:
         for each in params:
             if not isinstance(each, GenerationParams):
                 raise ValueError(f"params: expected GenerationParams, got {each!r}")
-        requests = [
-            (self._next_id(), self.encode(prompt), each, self.encode_plan(each.plan))
-            for prompt, each in zip(batch, params, strict=True)
-        ]
+        requests = [self._request(*each) for each in zip(batch, params, strict=True)]
+        order: list[str] = []
         outputs: dict[str, RequestOutput] = {}
-        with self._running(requests):
-            while self.engine.has_work:
+        with self._running(), Bar(sum(each.n for each in params), progress) as bar:
+            for request in requests:
+                self.engine.check(*request[1:])
+            todo = collections.deque(requests)
+            while todo or self.engine.has_work:
+                while todo and self.engine.has_room(todo[0][2].n):
+                    order += self.engine.add(*todo.popleft())
                 for event in self.engine.step():
                     if isinstance(event, Finished):
                         outputs[event.request_id] = event.output
-        return [outputs[request_id] for request_id, *_ in requests]
+                        bar.advance(len(event.output.token_ids))
+        return [outputs[request_id] for request_id in order]
 
     def stream(self, prompt: Prompt, params: GenerationParams | None = None) -> Iterator[Event]:
         """Answer one prompt and say what happens on the way; closing the iterator cancels it.
@@ -122,23 +134,24 @@ class LLM:
             ValueError: A bad prompt or parameter.
             RuntimeError: Another call is under way.
         """
-        params = params or self.default_params
-        request = (self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan))
-        with self._running([request]):
+        request = self._request(prompt, params or self.default_params)
+        with self._running():
+            self.engine.add(*request, with_text=True)
             while self.engine.has_work:
                 yield from self.engine.step()
 
+    def _request(self, prompt: Prompt, params: GenerationParams) -> _Request:
+        return self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan)
+
     @contextlib.contextmanager
-    def _running(self, requests: Sequence[_Request]) -> Iterator[None]:
-        """Hold the engine for these requests; whatever ends the block, none of them stays."""
+    def _running(self) -> Iterator[None]:
+        """Hold the engine; whatever ends the block, none of its requests stays."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("LLM: another generate or stream is under way; one at a time")
         try:
-            for request in requests:
-                self.engine.add(*request)
             yield
         finally:
-            self.engine.abort([request_id for request_id, *_ in requests])
+            self.engine.abort(self.engine.request_ids)
             self._lock.release()
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "invalid_plan", "error"]
+from pdiff_runtime.engine.errors import GenerationError
+
+FinishReason = Literal["stop", "length", "abort", "deadline", "invalid_plan", "error"]
 
 
 @dataclasses.dataclass
@@ -35,16 +37,27 @@ class Usage:
     Attributes:
         prompt_tokens, plan_tokens, span_tokens, pad_tokens: Tokens by kind; plan tokens are all
             tokens written one by one, span tokens include tags and pads.
-        num_forwards: Forward passes the request took part in: its critical path.
-        seconds: From admission to the end.
+        cached_tokens: Tokens whose keys and values came from the prefix cache when the request was
+            first admitted.
+        num_forwards: Forward passes the request took part in.
+        critical_path: Those that had to wait for one another: one per decision of a plan and per
+            denoising step. The others are chunks of prompts, waves of spans, and recomputation.
+        num_preemptions: How often its pages were taken for another request.
+        seconds: From submission to the end.
+        seconds_in: Parts of ``seconds`` by phase: "waiting", "prefill", "plan", "denoise",
+            "commit".
     """
 
     prompt_tokens: int = 0
     plan_tokens: int = 0
     span_tokens: int = 0
     pad_tokens: int = 0
+    cached_tokens: int = 0
     num_forwards: int = 0
+    critical_path: int = 0
+    num_preemptions: int = 0
     seconds: float = 0.0
+    seconds_in: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -53,11 +66,15 @@ class RequestOutput:
 
     Attributes:
         token_ids: Everything after the prompt but eos.
-        text: The visible text in reading order: no tags, no plan, no pads.
+        text: The visible text in reading order: no tags, no plan, no pads; cut before a stop
+            string.
         rounds: Plan and spans of every round; empty for a plain reply.
-        finish_reason: "stop", "length" (``max_tokens`` cut something), "invalid_plan" (only without
-            the grammar), or "error".
+        finish_reason: "stop", "length" (``max_tokens`` cut something), "abort", "deadline",
+            "invalid_plan" (only without the grammar), or "error".
         error: What went wrong, for "error" and "invalid_plan".
+        logprobs: One per token of ``token_ids`` if asked for: the natural logarithm of the
+            probability the model gave the token when it was written, before temperature, filters
+            and bans; None for tokens the model did not choose (tags of spans, a user's plan).
     """
 
     request_id: str
@@ -66,7 +83,8 @@ class RequestOutput:
     rounds: list[Round]
     finish_reason: FinishReason
     usage: Usage
-    error: str | None = None
+    error: GenerationError | None = None
+    logprobs: list[float | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +111,24 @@ class SpanUpdate:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpanDone:
+    """A span has no mask left; ``text`` is its own, pads removed."""
+
+    request_id: str
+    round_idx: int
+    span_idx: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """More visible text, in reading order: what is filled behind a gap comes when the gap is."""
+
+    request_id: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """The request is over."""
 
@@ -100,4 +136,4 @@ class Finished:
     output: RequestOutput
 
 
-Event = PlanReady | SpanUpdate | Finished
+Event = PlanReady | SpanUpdate | SpanDone | Text | Finished

@@ -18,6 +18,8 @@ UserRound = Sequence[int] | Sequence[tuple[str | Sequence[int], int]]
 multiple of the model's length unit; ``length_scale`` rescales it like any other."""
 
 MAX_TOKENS_LIMIT = 1 << 20
+MAX_SAMPLES = 128
+MAX_STOP_STRINGS, MAX_STOP_LEN = 16, 1024
 MAX_SEED = (1 << 63) - 1
 
 
@@ -27,31 +29,40 @@ class EngineConfig:
 
     Attributes:
         max_requests: Requests that run at the same time; the others wait.
+        max_waiting: Requests that may wait; further ones are refused.
+        max_batch_tokens: Rows of one forward. What does not fit waits for the next one; a span
+            that is longer runs in a forward without other spans.
         page_size: Tokens of a KV page.
-        kv_cache_tokens: Room of the KV cache in tokens; a request is admitted when its longest
-            possible course fits beside those of the running ones.
+        kv_cache_tokens: Room of the KV cache in tokens.
+        prefix_cache: Share pages between requests that begin alike.
         max_logits_rows: Logits rows that are computed at once, which bounds their memory.
         max_topics: Topics a round may have.
         max_topic_tokens: Tokens a topic may have, its number included.
         draft_plan: Let each plan forward also carry the tags that are likely to follow, for the
             model to confirm: fewer forwards, the same plan.
+        batch_invariant: Make every result the same bits in any company, however prompts are cut
+            into chunks, and after preemption. Matrix products then run in tiles of fixed sizes.
     """
 
     max_requests: int = 64
+    max_waiting: int = 4096
+    max_batch_tokens: int = 2048
     page_size: int = 64
     kv_cache_tokens: int = 65_536
+    prefix_cache: bool = True
     max_logits_rows: int = 2048
     max_topics: int = 64
     max_topic_tokens: int = 64
     draft_plan: bool = True
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name == "draft_plan":
-                continue
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field.name}: expected an integer >= 1, got {value!r}")
+            if field.type == "bool":
+                _expect(isinstance(value, bool), field.name, "a bool", value)
+            else:
+                _expect_int(field.name, value, 1, (1 << 31) - 1)
         if self.max_topic_tokens < 2:
             raise ValueError("max_topic_tokens: expected >= 2 (a word and a number), got 1")
 
@@ -69,6 +80,11 @@ class GenerationParams:
         temperature: 0 (the default) takes the most likely token.
         top_p, top_k: Filters before sampling; 1.0 and 0 (or None) are off.
         seed: Of the random numbers; None draws one.
+        n: Answers to the same prompt; number i is the one that ``seed + i`` gives. They share the
+            pages of the prompt.
+        stop: Strings that end the answer, in reading order; the text is cut before the first one,
+            and spans behind it are cancelled.
+        logprobs: Return each token's log-probability.
         unmask: The rule that orders positions, see :data:`pdiff_runtime.denoise.RULES`.
         steps_ratio: Steps of a round per token of its longest span.
         threshold: Probability from which "confidence_threshold" writes a position.
@@ -89,6 +105,9 @@ class GenerationParams:
     top_p: float = 1.0
     top_k: int | None = None
     seed: int | None = None
+    n: int = 1
+    stop: Sequence[str] = ()
+    logprobs: bool = False
     unmask: str = "entropy"
     steps_ratio: float = 1.0
     threshold: float | None = None
@@ -111,6 +130,13 @@ class GenerationParams:
             _expect_int("top_k", self.top_k, 0, (1 << 31) - 1)
         if self.seed is not None:
             _expect_int("seed", self.seed, 0, MAX_SEED)
+        _expect_int("n", self.n, 1, MAX_SAMPLES)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        is_list = isinstance(stop, Sequence) and len(stop) <= MAX_STOP_STRINGS
+        is_list = is_list and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LEN for s in stop)
+        _expect(is_list, "stop", f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LEN} "
+                "characters", self.stop)  # fmt: skip
+        object.__setattr__(self, "stop", tuple(stop))
         is_rule = isinstance(self.unmask, str) and self.unmask in RULES
         _expect(is_rule, "unmask", f"one of {sorted(RULES)}", self.unmask)
         _expect_number("steps_ratio", self.steps_ratio, 0.0, 1e3, low_is_open=True)
@@ -127,7 +153,7 @@ class GenerationParams:
             _expect(self.mode == "planned", "plan", "mode='planned' with it", self.mode)
             is_list = isinstance(self.plan, Sequence) and not isinstance(self.plan, str | bytes)
             _expect(is_list and len(self.plan) > 0, "plan", "a list of rounds", self.plan)
-        for name in ("isolate_spans", "use_grammar", "record_steps"):
+        for name in ("isolate_spans", "use_grammar", "record_steps", "logprobs"):
             _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
 
     def resolve_seed(self) -> int:

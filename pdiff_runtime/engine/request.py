@@ -1,8 +1,9 @@
 """One request's way through the engine: prompt, plan, spans, sync, next round.
 
-A request is a state machine. :meth:`Request.work` says which rows it wants forwarded next and which
-of them predict something; the engine forwards the rows of all requests at once and gives back what
-was predicted through :meth:`Request.accept_tokens` or :meth:`Request.accept_denoised`.
+A request is a state machine over its tokens. Positions ``[0, computed)`` have their final keys and
+values in its pages; what follows up to :attr:`Request.context_end` is still to be forwarded, in
+chunks as they fit; behind it are either a token to be written or open spans. Losing the pages
+therefore loses nothing but time: `computed` goes back to 0.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from pdiff_runtime.cache import PageTable
+import numpy as np
+import numpy.typing as npt
+
+from pdiff_runtime.cache import PageAllocator, PageTable
 from pdiff_runtime.denoise import RULES, num_steps, num_unmask
+from pdiff_runtime.engine.errors import GenerationError, InvalidPlanError
 from pdiff_runtime.engine.output import FinishReason, Usage
 from pdiff_runtime.engine.params import GenerationParams
+from pdiff_runtime.engine.reader import Decode, Reader
 from pdiff_runtime.plan import (
     ControlTokens,
     PlanError,
@@ -27,26 +35,38 @@ from pdiff_runtime.plan import (
     parse_plan,
 )
 
-Run = tuple[int, int, Literal["causal", "full"], list[tuple[int, int]]]
+Run = tuple[int, int, Literal["causal", "full"], tuple[tuple[int, int], ...]]
 """Positions ``[lo, hi)`` to forward, and the key intervals they see; see ``SpanLayout``."""
 
+_ISOLATED, _JOINT = -1, -2  # end the prefix-cache keys of pages with spans
 
-class Phase(enum.Enum):
+
+class Phase(enum.StrEnum):
     """What a request waits for."""
 
     WAITING = "waiting"
+    PREFILL = "prefill"
     PLAN = "plan"
     DENOISE = "denoise"
+    COMMIT = "commit"
     DONE = "done"
 
 
 @dataclasses.dataclass
 class Span:
-    """A span at positions ``[lo, hi)``, its two tags included."""
+    """A span at positions ``[lo, hi)``, its two tags included.
+
+    Attributes:
+        masked: Positions that still hold the mask, ascending.
+        step_idx: Denoising steps it has seen.
+        is_started: It takes part in every forward from now on, and has its pages.
+    """
 
     lo: int
     hi: int
-    num_masked: int
+    masked: list[int]
+    step_idx: int = 0
+    is_started: bool = False
 
     @property
     def content(self) -> tuple[int, int]:
@@ -56,7 +76,12 @@ class Span:
 
 @dataclasses.dataclass
 class PlanRound:
-    """Topics of one round, where its spans lie, and how far it is."""
+    """Topics of one round, where its spans lie, and how far it is.
+
+    Attributes:
+        num_steps: Of the schedule while the round is open, then those that ran.
+        step_idx: Forwards in which any of its spans was denoised.
+    """
 
     topics: list[Topic]
     spans: list[Span]
@@ -64,27 +89,65 @@ class PlanRound:
     step_idx: int = 0
     history: list[list[tuple[int, int]]] = dataclasses.field(default_factory=list)
 
+    @property
+    def lo(self) -> int:
+        return self.spans[0].lo
+
+    @property
+    def hi(self) -> int:
+        return self.spans[-1].hi
+
+
+@dataclasses.dataclass
+class Write:
+    """A token written one by one, or by a denoising step."""
+
+    position: int
+    token_id: int
+    logprob: float | None = None
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of a request in one forward.
+
+    Attributes:
+        runs: What they are.
+        layout: Who sees whom.
+        positions, slots: ``[num_rows]`` int64.
+    """
+
+    runs: list[Run]
+    layout: SpanLayout
+    positions: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+
 
 @dataclasses.dataclass
 class Work:
-    """What one request wants from the next forward.
+    """What one request does in the next forward.
 
     Attributes:
-        positions: Of the rows, runs of ascending positions.
-        token_ids: Of the rows.
-        layout: Who sees whom; the same object as long as the rows stay the same.
-        spans: For denoising, ``(span, masked positions, how many to write)``; the row before a
-            position predicts it.
+        context: Runs that get their final keys and values.
+        spans: Open spans that are denoised; behind the context.
+        num_drafts: Rows at the end of the context whose tokens are guesses.
         mask_idx: For writing token by token, the grammar's mask for what follows each of the last
-            rows, the drafted ones included; None bans nothing.
+            rows, those of drafts included; None bans nothing.
     """
 
     request: Request
-    positions: list[int]
-    token_ids: list[int]
-    layout: SpanLayout
-    spans: list[tuple[Span, list[int], int]]
-    mask_idx: list[int | None]
+    context: list[Run] = dataclasses.field(default_factory=list)
+    spans: list[Span] = dataclasses.field(default_factory=list)
+    num_drafts: int = 0
+    mask_idx: list[int | None] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_context_rows(self) -> int:
+        return sum(hi - lo for lo, hi, _, _ in self.context)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_context_rows + sum(span.hi - span.lo for span in self.spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +158,19 @@ class Limits:
     grammar: PlanGrammar
     length_unit: int
     draft_plan: bool
+    page_size: int
 
 
 class Request:
-    """State of one request; positions count from the start of its prompt."""
+    """State of one request; positions count from the start of its prompt.
+
+    Attributes:
+        token_ids: Prompt and answer so far; open spans with their masks.
+        computed: Positions before it have their final keys and values.
+        priority, arrival: Requests are served in this order, the smallest first.
+        deadline: Moment on the engine's clock at which it ends, finished or not.
+        leader: Another request with the same prompt, whose pages this one waits for.
+    """
 
     def __init__(
         self,
@@ -106,66 +178,165 @@ class Request:
         prompt_ids: Sequence[int],
         params: GenerationParams,
         limits: Limits,
-        pages: PageTable,
+        allocator: PageAllocator,
         user_rounds: Sequence[Sequence[int]] = (),
+        *,
+        seed: int,
+        priority: int = 0,
+        arrival: int = 0,
+        deadline: float | None = None,
+        leader: Request | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
-        self.seed = params.resolve_seed()
+        self.seed = seed
         self.limits = limits
         self.tags = limits.tags
-        self.pages = pages
+        self.priority, self.arrival, self.deadline = priority, arrival, deadline
+        self.leader = leader
+        self.pages = PageTable(allocator, limits.page_size)
         self.token_ids = list(prompt_ids)
         self.prompt_len = len(prompt_ids)
-        self.phase = Phase.WAITING
+        self.computed = 0
         self.rounds: list[PlanRound] = []
         self.finish_reason: FinishReason | None = None
-        self.error: str | None = None
+        self.error: GenerationError | None = None
         self.usage = Usage(prompt_tokens=self.prompt_len)
+        self.is_running = False
+        self.has_predicted = False
+        self.num_announced = 0
+        self._since, self._phase_then = time.perf_counter(), Phase.WAITING
+        self.logprobs: dict[int, float] = {}
+        self.reader: Reader | None = None
+        if decode is not None:
+            self.reader = Reader(self.tags, decode, params.stop)
+        self._num_read = self.prompt_len
+        self._allocator = allocator
+        self._chain: int | None = 0  # serial of the last page in the prefix cache; None: no more
+        self._num_published = 0
         self._user_rounds = [list(tokens) for tokens in user_rounds]
         self._plan_start = self.prompt_len
         self._plan_state: PlanState | None = None
-        self._pending: list[Run] = []
         self._drafts: list[int] = []
+        self._is_denoising = False
         self._continues = False  # a sync, not the end, follows the round's spans
-        self._layout: tuple[list[Run], SpanLayout] | None = None
+        self._sync_logprob: float | None = None
+        self._is_cut = False  # the budget shortened or dropped spans of the round
+        self._rows: Rows | None = None
+        if params.mode == "diffusion":
+            self._open_spans([], [max(0, self.remaining - 2)])
+        else:
+            self._start_plan()
+
+    # --- where it stands ---
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be written."""
         return self.params.max_tokens - (len(self.token_ids) - self.prompt_len)
 
+    @property
+    def is_done(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Its keys and values can not be computed again, so its pages are never taken."""
+        return self.params.kv_commit == "published"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.arrival
+
+    @property
+    def open_round(self) -> PlanRound:
+        return self.rounds[-1]
+
+    @property
+    def context_end(self) -> int:
+        """Positions before it are causal rows and finished spans."""
+        return self.open_round.lo if self._is_denoising else len(self.token_ids)
+
+    @property
+    def writes_next(self) -> bool:
+        """Whether one row is all it takes to write a token."""
+        return not self._is_denoising and self.computed == len(self.token_ids) - 1
+
+    @property
+    def phase(self) -> Phase:
+        """What it does next."""
+        if self.is_done:
+            return Phase.DONE
+        if not self.is_running:
+            return Phase.WAITING
+        if self._is_denoising and self.computed == self.context_end:
+            return Phase.DENOISE
+        closed = self._closed_rounds()
+        if self.computed >= self.prompt_len and closed and closed[-1].hi > self.computed:
+            return Phase.COMMIT
+        return Phase.PLAN if self.writes_next and self.has_predicted else Phase.PREFILL
+
+    def is_late(self, now: float) -> bool:
+        """Whether its deadline has passed at ``time.perf_counter() == now``."""
+        return self.deadline is not None and now >= self.deadline
+
+    def clock(self) -> None:
+        """Book the time since the last call to the phase it was in then."""
+        now, seconds_in = time.perf_counter(), self.usage.seconds_in
+        seconds_in[self._phase_then] = seconds_in.get(self._phase_then, 0.0) + now - self._since
+        self._since, self._phase_then = now, self.phase
+
+    def _closed_rounds(self) -> list[PlanRound]:
+        """Rounds with spans, without the open one."""
+        rounds = self.rounds[:-1] if self._is_denoising else self.rounds
+        return [plan_round for plan_round in rounds if plan_round.spans]
+
+    # --- what it wants forwarded ---
+
     def start(self) -> None:
         """Leave the queue."""
-        self._append_causal(0)
-        if self.params.mode == "diffusion":
-            self._open_spans([], [max(0, self.remaining - 2)])
-        else:
-            self._start_plan()
+        self.is_running = True
+        self.clock()
 
-    def work(self) -> Work:
-        """The rows to forward next."""
-        runs = [*self._pending, *self._open_runs()]
-        mask_idx = self._draft_plan(runs)
-        if self._layout is None or self._layout[0] != runs:
-            segments = [(hi - lo, kind, intervals) for lo, hi, kind, intervals in runs]
-            num_keys = max(hi for _, hi, _, _ in runs)
-            self._layout = runs, SpanLayout.from_segments(num_keys, segments)
-        positions = [position for lo, hi, _, _ in runs for position in range(lo, hi)]
-        known = [*self.token_ids, *self._drafts]
-        token_ids = [known[position] for position in positions]
-        layout = self._layout[1]
-        return Work(self, positions, token_ids, layout, self._unmask_work(), mask_idx)
+    def context_groups(self) -> Iterator[list[Run]]:
+        """The rows up to ``context_end`` that are not computed, in order.
 
-    def forwarded(self) -> None:
-        """The rows of :meth:`work` have their keys and values."""
-        self._pending = []
-        self.usage.num_forwards += 1
+        A group of spans must be forwarded as a whole; a causal run may be cut.
+        """
+        at = self.computed
+        for plan_round in self._closed_rounds():
+            if plan_round.hi <= at:
+                continue
+            if at < plan_round.lo:
+                yield [self._causal(at, plan_round.lo)]
+                at = plan_round.lo
+            runs = [
+                self._span_run(plan_round, max(at, span.lo), span)
+                for span in plan_round.spans
+                if at < span.hi
+            ]
+            if self.params.isolate_spans:
+                yield from ([run] for run in runs)
+            else:
+                yield runs
+            at = plan_round.hi
+        if at < self.context_end:
+            yield [self._causal(at, self.context_end)]
 
-    # --- tokens one by one ---
+    def span_groups(self) -> list[list[Span]]:
+        """Spans to denoise in reading order; those of a group start and run together."""
+        if not self._is_denoising:
+            return []
+        spans = self.open_round.spans
+        if self.params.isolate_spans:
+            return [[span] for span in spans if span.masked]
+        # Open siblings must not see a finished span's stale keys, so in joint mode it stays.
+        is_clean = self.params.kv_commit != "published"
+        return [[span for span in spans if span.masked or is_clean]]
 
-    def _draft_plan(self, runs: list[Run]) -> list[int | None]:
-        """Add a plan's structure to the rows, for the model to confirm in the same forward.
+    def draft_plan(self, work: Work, *, max_drafts: int) -> None:
+        """Ask for the next token, and add a plan's structure for the model to confirm with it.
 
         After a number ``topic_end`` and ``topic_start`` are likely, after a topic the next one.
         Where the model decides otherwise the draft is dropped: random numbers belong to positions,
@@ -173,62 +344,132 @@ class Request:
         """
         self._drafts = []
         state = self._plan_state
-        if self.phase is not Phase.PLAN or state is None:
-            return [None] if self.phase is Phase.PLAN else []
-        mask_idx: list[int | None] = [state.mask_idx]
-        if not self.limits.draft_plan:
-            return mask_idx
+        work.mask_idx = [None if state is None else state.mask_idx]
+        if state is None or not self.limits.draft_plan:
+            return
         last = self.token_ids[-1]
         if last in self.tags.digits and state.is_in_topic:
             likely = [self.tags.topic_end, self.tags.topic_start]
         elif last == self.tags.topic_end or len(self.token_ids) == self._plan_start:
             likely = [self.tags.topic_start]
         else:
-            likely = []
+            return
         state = copy.copy(state)
-        for token_id in likely:
+        for token_id in likely[: max(0, max_drafts)]:
             if not state.allowed_mask()[token_id]:
                 break
             state.advance(token_id)
             self._drafts.append(token_id)
-            mask_idx.append(state.mask_idx)
+            work.mask_idx.append(state.mask_idx)
         if self._drafts:
-            lo, hi, kind, _ = runs[-1]
-            hi += len(self._drafts)
-            runs[-1] = lo, hi, kind, [(0, hi)]
-            self.pages.grow(hi)
-        return mask_idx
+            work.num_drafts = len(self._drafts)
+            lo, hi, _, _ = work.context[-1]
+            work.context[-1] = self._causal(lo, hi + work.num_drafts)
 
-    def accept_tokens(self, token_ids: Sequence[int]) -> None:
+    def rows(self, work: Work) -> Rows:
+        """The rows of ``work``; the same object as long as they stay the same."""
+        runs = [*work.context, *(self._span_run(self.open_round, s.lo, s) for s in work.spans)]
+        if self._rows is None or self._rows.runs != runs:
+            segments = [(hi - lo, kind, intervals) for lo, hi, kind, intervals in runs]
+            num_keys = max(intervals[-1][1] for _, _, _, intervals in runs)
+            bounds = [(lo, hi) for lo, hi, _, _ in runs]
+            self._rows = Rows(
+                runs,
+                SpanLayout.from_segments(num_keys, segments),
+                np.concatenate([np.arange(lo, hi) for lo, hi in bounds]),
+                np.concatenate([self.pages.slots(lo, hi) for lo, hi in bounds]),
+            )
+        return self._rows
+
+    def row_tokens(self, rows: Rows) -> list[int]:
+        """Token ids of the rows, drafts included."""
+        known = [*self.token_ids, *self._drafts] if self._drafts else self.token_ids
+        return list(itertools.chain.from_iterable(known[lo:hi] for lo, hi, _, _ in rows.runs))
+
+    def quota(self, span: Span) -> int:
+        """How many of the span's masked positions the next step writes at most."""
+        if not RULES[self.params.unmask].has_quota:
+            return len(span.masked)
+        return num_unmask(len(span.masked), span.step_idx, self.open_round.num_steps)
+
+    def _causal(self, lo: int, hi: int) -> Run:
+        return lo, hi, "causal", ((0, hi),)
+
+    def _span_run(self, plan_round: PlanRound, lo: int, span: Span) -> Run:
+        if self.params.isolate_spans:
+            return lo, span.hi, "full", ((0, plan_round.lo), (span.lo, span.hi))
+        return lo, span.hi, "full", ((0, plan_round.hi),)
+
+    # --- what came of it ---
+
+    def forwarded(self, work: Work) -> None:
+        """The rows of ``work`` have their keys and values."""
+        self.usage.num_forwards += 1
+        if work.context:
+            self.computed = work.context[-1][1] - work.num_drafts
+
+    def accept_tokens(self, token_ids: Sequence[int], logprobs: Sequence[float | None]) -> None:
         """What the last rows predict; only those behind confirmed drafts count."""
         drafts = [*self._drafts, None]
-        for token_id, draft in zip(token_ids, drafts, strict=True):
-            self._accept_token(token_id)
-            if token_id != draft or self.phase is not Phase.PLAN:
+        self._drafts = []
+        self.has_predicted = True
+        self.usage.critical_path += 1
+        for token_id, logprob, draft in zip(token_ids, logprobs, drafts, strict=True):
+            self._accept_token(token_id, logprob)
+            if token_id != draft or self._is_denoising or self.is_done:
                 return
 
-    def _accept_token(self, token_id: int) -> None:
+    def _accept_token(self, token_id: int, logprob: float | None) -> None:
         if self._plan_state is not None:
             self._plan_state.advance(token_id)
-        is_end = token_id == self.tags.eos
+        self.computed = len(self.token_ids)
         is_sync = token_id == self.tags.sync and self.params.mode == "planned"
-        if is_end or is_sync:
-            self._pending = []
-            self._close_plan(continues=is_sync)
+        if token_id == self.tags.eos or is_sync:
+            self._close_plan(continues=is_sync, sync_logprob=logprob)
             return
+        if logprob is not None:
+            self.logprobs[len(self.token_ids)] = logprob
         self.token_ids.append(token_id)
+        if self._read_on():
+            return
         if self.remaining == 0:
             self._close_plan(continues=False, is_cut=True)
-            return
-        self._pending = []
-        self._append_causal(len(self.token_ids) - 1)
+
+    def accept_denoised(self, spans: Sequence[Span], writes: Sequence[Write]) -> list[int]:
+        """One denoising step of ``spans``; returns which spans of the round have become full."""
+        plan_round = self.open_round
+        self.has_predicted = True
+        for write in writes:
+            self.token_ids[write.position] = write.token_id
+            if write.logprob is not None:
+                self.logprobs[write.position] = write.logprob
+        written = {write.position for write in writes}
+        full = []
+        for span in spans:
+            span.step_idx += 1
+            if span.masked:
+                span.masked = [p for p in span.masked if p not in written]
+                if not span.masked:
+                    full.append(plan_round.spans.index(span))
+        if self.params.record_steps:
+            plan_round.history.append([(w.position, w.token_id) for w in writes])
+        plan_round.step_idx += 1
+        if self._read_on():
+            return full
+        if not any(span.masked for span in plan_round.spans):
+            self._close_round()
+        elif full and not self._continues:
+            # Nobody reads a finished span of the last round any more.
+            open_spans = [(span.lo, span.hi) for span in plan_round.spans if span.masked]
+            if self.params.isolate_spans:
+                self.pages.drop_all_but(open_spans, plan_round.lo)
+        return full
 
     def _start_plan(self) -> None:
         self._plan_start = len(self.token_ids)
         if self._user_rounds:
             self._take_user_plan()
             return
-        self.phase = Phase.PLAN
         self._plan_state = None
         if self.params.mode == "planned" and self.params.use_grammar:
             # The closing eos is not kept, so it has a place beyond the budget.
@@ -239,13 +480,12 @@ class Request:
         if len(tokens) > self.remaining:
             self.finish("length")
             return
-        start = len(self.token_ids)
         self.token_ids += tokens
-        if tokens:
-            self._append_causal(start)
         self._close_plan(continues=closing == self.tags.sync and bool(self._user_rounds))
 
-    def _close_plan(self, *, continues: bool, is_cut: bool = False) -> None:
+    def _close_plan(
+        self, *, continues: bool, is_cut: bool = False, sync_logprob: float | None = None
+    ) -> None:
         """Lay out the spans that the plan announced, or end a reply without topics."""
         if self.params.mode == "ar":
             self.finish("length" if is_cut else "stop")
@@ -253,119 +493,206 @@ class Request:
         try:
             topics = parse_plan(self.token_ids[self._plan_start :], self.tags)
         except PlanError as error:
-            self.finish("length" if is_cut else "invalid_plan", error=str(error))
+            if is_cut:
+                self.finish("length")
+            else:
+                self.finish("invalid_plan", error=InvalidPlanError(str(error)))
             return
         if not topics:
             self.finish("length" if is_cut else "stop")
             return
         self._continues = continues
+        self._sync_logprob = sync_logprob
         self._open_spans(topics, [self._span_len(topic.number) for topic in topics])
 
     def _span_len(self, number: int) -> int:
         scale = self.params.length_scale
         return number * self.limits.length_unit if scale is None else int(number * scale)
 
-    # --- spans ---
-
     def _open_spans(self, topics: list[Topic], lengths: list[int]) -> None:
         """Append the round's spans, as many and as long as the budget allows."""
         spans: list[Span] = []
+        is_cut = False
         for length in lengths:
-            if self.remaining < 2 + min(1, length):
-                self.finish_reason = "length"
+            room = self.remaining - 2
+            if room < min(1, length):
+                is_cut = True
                 break
-            if length > self.remaining - 2:
-                self.finish_reason = "length"
-                length = self.remaining - 2
+            if length > room:
+                is_cut, length = True, room
             lo = len(self.token_ids)
             masks = [self.tags.mask] * length
             self.token_ids += [self.tags.async_start, *masks, self.tags.async_end]
-            spans.append(Span(lo, lo + length + 2, length))
+            spans.append(Span(lo, lo + length + 2, list(range(lo + 1, lo + 1 + length))))
         if self._continues and self.remaining == 0:
-            self.finish_reason = "length"
-        longest = max((span.num_masked for span in spans), default=0)
+            is_cut = True
+        longest = max((len(span.masked) for span in spans), default=0)
         steps = num_steps(longest, self.params.steps_ratio)
         self.rounds.append(PlanRound(topics, spans, steps))
-        self.pages.grow(len(self.token_ids))
-        self.usage.span_tokens += sum(span.hi - span.lo for span in spans)
-        self.phase = Phase.DENOISE
+        self._is_denoising = True
+        self._is_cut = is_cut
         if longest == 0:
-            self._close_round()
-
-    def _open_runs(self) -> list[Run]:
-        """Rows of the spans that are still being denoised."""
-        if self.phase is not Phase.DENOISE:
-            return []
-        spans = self.rounds[-1].spans
-        # Open siblings must not see a finished span's stale keys, so in joint mode it stays.
-        is_joint = not self.params.isolate_spans and self.params.kv_commit != "published"
-        return [self._span_run(span) for span in spans if span.num_masked or is_joint]
-
-    def _span_run(self, span: Span) -> Run:
-        first, last = self.rounds[-1].spans[0].lo, self.rounds[-1].spans[-1].hi
-        if self.params.isolate_spans:
-            return span.lo, span.hi, "full", [(0, first), (span.lo, span.hi)]
-        return span.lo, span.hi, "full", [(0, last)]
-
-    def _unmask_work(self) -> list[tuple[Span, list[int], int]]:
-        if self.phase is not Phase.DENOISE:
-            return []
-        plan_round = self.rounds[-1]
-        has_quota = RULES[self.params.unmask].has_quota
-        work = []
-        for span in plan_round.spans:
-            if span.num_masked:
-                quota = num_unmask(span.num_masked, plan_round.step_idx, plan_round.num_steps)
-                lo, hi = span.content
-                masked = [p for p in range(lo, hi) if self.token_ids[p] == self.tags.mask]
-                work.append((span, masked, quota if has_quota else span.num_masked))
-        return work
-
-    def accept_denoised(self, writes: list[tuple[int, int]]) -> None:
-        """One denoising step's ``(position, token_id)`` pairs."""
-        plan_round = self.rounds[-1]
-        for position, token_id in writes:
-            self.token_ids[position] = token_id
-        written = {position for position, _ in writes}
-        for span in plan_round.spans:
-            span.num_masked -= len(written.intersection(range(*span.content)))
-        if self.params.record_steps:
-            plan_round.history.append(writes)
-        plan_round.step_idx += 1
-        if not any(span.num_masked for span in plan_round.spans):
             self._close_round()
 
     def _close_round(self) -> None:
         """All spans are filled: end here, or commit them and let the sync open the next round."""
-        plan_round = self.rounds[-1]
+        plan_round = self.open_round
+        self._is_denoising = False
         plan_round.num_steps = plan_round.step_idx
-        self.usage.pad_tokens += sum(
-            self.token_ids[slice(*span.content)].count(self.tags.pad) for span in plan_round.spans
-        )
-        if not self._continues or self.finish_reason is not None:
-            self.finish(self.finish_reason or "stop")
+        self.usage.critical_path += max((span.step_idx for span in plan_round.spans), default=0)
+        if self._is_cut or not self._continues:
+            self.finish("length" if self._is_cut else "stop")
             return
-        if self.params.kv_commit != "published":
-            self._pending += [self._span_run(span) for span in plan_round.spans]
+        if self.is_pinned:
+            self.computed = plan_round.hi
+        if self._sync_logprob is not None:
+            self.logprobs[len(self.token_ids)] = self._sync_logprob
         self.token_ids.append(self.tags.sync)
         if self.remaining == 0:
             self.finish("length")
             return
-        self._append_causal(len(self.token_ids) - 1)
         self._start_plan()
 
-    # --- both ---
+    # --- its text ---
 
-    def _append_causal(self, start: int) -> None:
-        """Forward the rows from ``start`` to the end, each seeing all before it."""
-        end = len(self.token_ids)
-        self.pages.grow(end)
-        self._pending.append((start, end, "causal", [(0, end)]))
+    def _read_on(self) -> bool:
+        """Read what has become final, in reading order; whether a stop string ended the answer."""
+        if self.reader is None:
+            return False
+        end = self._final_end()
+        while self._num_read < end:
+            self.reader.read(self.token_ids[self._num_read])
+            self._num_read += 1
+            if self.reader.is_stopped:
+                self.cut(self._num_read)
+                self.finish("stop")
+                return True
+        return False
 
-    def finish(self, reason: FinishReason, *, error: str | None = None) -> None:
+    def _final_end(self) -> int:
+        """The first position that may still change."""
+        if self._is_denoising:
+            for span in self.open_round.spans:
+                if span.masked:
+                    return span.masked[0]
+        return len(self.token_ids)
+
+    def cut(self, end: int | None = None) -> None:
+        """Forget what is not final, or what lies behind ``end``, so that no mask is left."""
+        end = self._final_end() if end is None else end
+        del self.token_ids[end:]
+        if self._is_denoising:
+            self._is_denoising = False
+            plan_round = self.open_round
+            plan_round.num_steps = plan_round.step_idx
+            self.usage.critical_path += max((span.step_idx for span in plan_round.spans), default=0)
+        for plan_round in self.rounds:
+            plan_round.spans = [span for span in plan_round.spans if span.lo < end]
+            for span in plan_round.spans:
+                span.hi = min(span.hi, end + 1)
+
+    def finish(self, reason: FinishReason, *, error: GenerationError | None = None) -> None:
         """End the request and give its pages back."""
+        self.clock()
+        self.usage.seconds = sum(self.usage.seconds_in.values())
         self.finish_reason = reason
         self.error = error
-        self.phase = Phase.DONE
-        self.usage.plan_tokens = len(self.token_ids) - self.prompt_len - self.usage.span_tokens
+        self._is_denoising = False
+        self.is_running = False
+        if self.reader is not None:
+            for token_id in self.token_ids[self._num_read :]:
+                self.reader.read(token_id)
+            self._num_read = len(self.token_ids)
+            self.reader.finish()
+        answer = range(self.prompt_len, len(self.token_ids))
+        usage, spans = self.usage, [span for r in self.rounds for span in r.spans]
+        usage.span_tokens = sum(min(span.hi, answer.stop) - span.lo for span in spans)
+        usage.plan_tokens = len(answer) - usage.span_tokens
+        usage.pad_tokens = sum(
+            self.token_ids[slice(*span.content)].count(self.tags.pad) for span in spans
+        )
         self.pages.release()
+
+    # --- its pages ---
+
+    @property
+    def num_pages_wanted(self) -> int:
+        """How many more pages it will take soon: for all its tokens, and one for a plan to grow."""
+        num_tokens = len(self.token_ids)
+        if self.is_pinned:
+            num_tokens = self.prompt_len + self.params.max_tokens
+        num_pages = -(-num_tokens // self.limits.page_size)
+        is_growing = not (self._is_denoising or self.is_pinned)
+        return num_pages + is_growing - self.pages.num_pages
+
+    def preempt(self) -> None:
+        """Back to the queue; the request goes on later from what it has written."""
+        self.give_back()
+        self.is_running = False
+        self.clock()
+        self._drafts = []
+        self.usage.num_preemptions += 1
+        for span in self.open_round.spans if self._is_denoising else ():
+            span.is_started = False
+
+    def give_back(self) -> None:
+        """Give the pages back, so that nothing is computed."""
+        self.pages.release()
+        self.computed = 0
+        self._rows = None
+        self._chain, self._num_published = 0, 0
+
+    def adopt_prefix(self) -> None:
+        """Take the pages that the prefix cache has for this request's context."""
+        # The row that predicts must be forwarded.
+        end = self.context_end - (0 if self._is_denoising else 1)
+        pages: list[int] = []
+        serial = 0
+        while (len(pages) + 1) * self.limits.page_size <= end:
+            found = self._allocator.find(serial, self._page_key(len(pages)))
+            if found is None:
+                break
+            page, serial = found
+            pages.append(page)
+        self._allocator.retain(pages)
+        self.pages.adopt(pages)
+        self._chain, self._num_published = serial, len(pages)
+        self.computed = len(pages) * self.limits.page_size
+
+    def publish(self) -> None:
+        """Enter the pages that are complete and final into the prefix cache."""
+        end = self.computed
+        if self.is_pinned and (rounds := self.rounds):
+            end = min(end, rounds[0].lo if rounds[0].spans else end)
+        while self._chain is not None and (self._num_published + 1) * self.limits.page_size <= end:
+            page = self.pages.page(self._num_published)
+            key = self._page_key(self._num_published)
+            serial = self._allocator.publish(page, self._chain, key)
+            if serial == 0:
+                # Another request was first. This one's pages stay its own from here: who holds a
+                # page of the cache must hold those before it.
+                self._chain = None
+                return
+            self._chain = serial
+            self._num_published += 1
+
+    def private_pages(self) -> list[int]:
+        """Pages that no other request has seen."""
+        return self.pages.held(self._num_published)
+
+    def _page_key(self, page_idx: int) -> npt.NDArray[np.int64]:
+        """What decides the page's keys and values beside the pages before it.
+
+        That is its tokens and, as rows of a span see the whole span, the rest of the spans in it.
+        """
+        lo = page_idx * self.limits.page_size
+        hi = end = lo + self.limits.page_size
+        has_span = False
+        for plan_round in self._closed_rounds():
+            has_span |= plan_round.lo < hi and plan_round.hi > lo
+            if plan_round.lo < hi < plan_round.hi:
+                end = plan_round.hi
+        key = self.token_ids[lo:end]
+        if has_span:
+            key = [*key, _ISOLATED if self.params.isolate_spans else _JOINT]
+        return np.array(key, np.int64)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
 from pdiff_runtime.denoise import RULES
-from pdiff_runtime.engine.request import Request, Span, Work
-from pdiff_runtime.models.decoder import Decoder
+from pdiff_runtime.engine.request import Request, Rows, Span, Work, Write
+from pdiff_runtime.models.decoder import Decoder, Project
 from pdiff_runtime.plan import SpanLayout
 
+T = TypeVar("T", int, float)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Predicted:
-    """What the forward decided for one request.
+    """What a forward decided for one request.
 
     Attributes:
-        token_ids: What follows each of the last rows, for a request that writes one by one.
-        writes: ``(position, token_id)`` pairs, for one that denoises.
+        token_ids, logprobs: What follows each of the last rows, for a request that writes tokens
+            one by one; None where no log-probability was asked for.
+        writes: What a denoising step wrote.
         is_nan: Some logits of the request were not numbers; nothing else is meaningful then.
     """
 
     token_ids: list[int] = dataclasses.field(default_factory=list)
-    writes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    logprobs: list[float | None] = dataclasses.field(default_factory=list)
+    writes: list[Write] = dataclasses.field(default_factory=list)
     is_nan: bool = False
 
 
@@ -62,6 +68,8 @@ class Runner:
         plan_masks: ``[num_states, vocab_size]`` bool, what each grammar state allows.
         ar_mask: ``[vocab_size]`` bool, what mode "ar" allows.
         max_logits_rows: Logits rows computed at once; one span is never cut.
+        project: Applies the matrices.
+        split_keys: See :meth:`pdiff_runtime.ops.AttentionPlan.pack`.
     """
 
     def __init__(
@@ -73,214 +81,290 @@ class Runner:
         plan_masks: Tensor,
         ar_mask: Tensor,
         max_logits_rows: int,
+        project: Project,
+        split_keys: bool,
     ) -> None:
         self.model, self.cache = model, cache
         self.device = cache.k[0].device
         self.banned_in_span = banned_in_span.to(self.device)
-        self.plan_masks, self.ar_mask = plan_masks.to(self.device), ar_mask.to(self.device)
+        masks = [*plan_masks, ar_mask]
+        self._ar_mask_idx = len(masks) - 1
+        self._token_masks = [_TokenMask(mask.to(self.device)) for mask in masks]
         self.max_logits_rows = max_logits_rows
-        self._prepared: tuple[list[SpanLayout], PagedAttention] | None = None
+        self.project, self.split_keys = project, split_keys
+        self._prepared: tuple[list[Rows], PagedAttention] | None = None
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Predicted]:
         """Forward every row once; the results are in the order of ``works``."""
-        token_ids = self._tensor([token_id for work in works for token_id in work.token_ids])
-        hidden = self.model(token_ids, self._attend(works))
-        first_row = list(itertools.accumulate((len(w.positions) for w in works), initial=0))
-        predicted: list[Predicted] = [Predicted()] * len(works)
-
-        writers = [
-            _RowJob(i, row) for i, work in enumerate(works) for row in range(len(work.mask_idx))
+        rows = [work.request.rows(work) for work in works]
+        token_ids = [
+            token_id
+            for work, of_work in zip(works, rows, strict=True)
+            for token_id in work.request.row_tokens(of_work)
         ]
-        for part in _parts(writers, self.max_logits_rows):
-            for job, token_id, is_nan in self._next_tokens(hidden, part, works, first_row):
-                seen = predicted[job.work_idx]
-                predicted[job.work_idx] = Predicted(
-                    token_ids=[*seen.token_ids, token_id], is_nan=seen.is_nan or is_nan
-                )
+        with self._phase("forward"):
+            hidden = self.model(self._tensor(token_ids), self._attend(works, rows), self.project)
+        predicted = [Predicted() for _ in works]
+        first_row = list(itertools.accumulate((len(r.positions) for r in rows), initial=0))
 
-        for rule in RULES:
-            span_jobs = [
-                _SpanJob(i, work.request, span, masked, quota, _row_of(work, span) + first_row[i])
-                for i, work in enumerate(works)
-                if work.request.params.unmask == rule
-                for span, masked, quota in work.spans
-            ]
-            for span_part in _span_parts(span_jobs, self.max_logits_rows):
-                for span_job, writes, is_nan in self._denoise(hidden, span_part, rule):
-                    seen = predicted[span_job.work_idx]
-                    predicted[span_job.work_idx] = Predicted(
-                        writes=seen.writes + writes, is_nan=seen.is_nan or is_nan
-                    )
+        next_rows = [
+            _NextRow(work, seen, end - len(work.mask_idx) + idx, idx)
+            for work, seen, end in zip(works, predicted, first_row[1:], strict=True)
+            for idx in range(len(work.mask_idx))
+        ]
+        with self._phase("plan"):
+            for start in range(0, len(next_rows), self.max_logits_rows):
+                self._write_next(hidden, next_rows[start : start + self.max_logits_rows])
+
+        open_spans = [
+            _OpenSpan(work, seen, span, row - span.lo)
+            for work, seen, end in zip(works, predicted, first_row[1:], strict=True)
+            for span, row in _span_rows(work, end)
+            if span.masked
+        ]
+        with self._phase("denoise"):
+            for rule in RULES:
+                of_rule = [s for s in open_spans if s.request.params.unmask == rule]
+                for part in _parts(of_rule, self.max_logits_rows):
+                    self._denoise(hidden, part, rule)
         return predicted
 
-    def _attend(self, works: Sequence[Work]) -> PagedAttention:
+    def _attend(self, works: Sequence[Work], rows: list[Rows]) -> PagedAttention:
         """The attention of this forward; kept while no request changes its rows."""
-        layouts = [work.layout for work in works]
         if self._prepared is not None:
-            kept = self._prepared[0]
-            if len(kept) == len(layouts) and all(map(_is, kept, layouts)):
-                return self._prepared[1]
+            kept, attend = self._prepared
+            if len(kept) == len(rows) and all(a is b for a, b in zip(kept, rows, strict=True)):
+                return attend
         config = self.model.config
         tables = [work.request.pages for work in works]
-        max_pages = max(len(table.pages) for table in tables)
-        page_table = torch.tensor(
-            [table.pages + [-1] * (max_pages - len(table.pages)) for table in tables],
-            dtype=torch.int32,
-            device="cpu",
-        )
+        page_table = np.full((len(tables), max(t.num_pages for t in tables)), -1, np.int32)
+        for table, row in zip(tables, page_table, strict=True):
+            table.fill_row(row)
+        layouts: list[SpanLayout] = [of_work.layout for of_work in rows]
         plan = ops.AttentionPlan.pack(
             layouts, num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
-            head_dim=config.head_dim, device=self.device, page_table=page_table,
-            page_size=self.cache.page_size,
+            head_dim=config.head_dim, device=self.device, page_table=torch.from_numpy(page_table),
+            page_size=self.cache.page_size, split_keys=self.split_keys,
         )  # fmt: skip
-        positions = self._tensor([p for work in works for p in work.positions])
-        slots = self._tensor(
-            [table.slot(p) for work, table in zip(works, tables, strict=True)
-             for p in work.positions]
+        attend = PagedAttention(
+            plan, self.cache, self.model,
+            self._tensor(np.concatenate([of_work.positions for of_work in rows])),
+            self._tensor(np.concatenate([of_work.slots for of_work in rows])),
         )  # fmt: skip
-        attend = PagedAttention(plan, self.cache, self.model, positions, slots)
-        self._prepared = layouts, attend
+        self._prepared = rows, attend
         return attend
 
-    def _next_tokens(
-        self,
-        hidden: Tensor,
-        jobs: Sequence[_RowJob],
-        works: Sequence[Work],
-        first_row: Sequence[int],
-    ) -> Iterator[tuple[_RowJob, int, bool]]:
+    def _write_next(self, hidden: Tensor, rows: Sequence[_NextRow]) -> None:
         """Sample one token per row; a row is a span of one position to the kernel."""
-        of_job = [works[job.work_idx] for job in jobs]
-        # Rows count from the end of their work, the last of `mask_idx` being the last row.
-        rows = [
-            first_row[job.work_idx + 1] - len(work.mask_idx) + job.row_idx
-            for job, work in zip(jobs, of_job, strict=True)
-        ]
-        logits = self.model.logits(hidden[self._tensor(rows)])
-        for row, (job, work) in enumerate(zip(jobs, of_job, strict=True)):
-            mask_idx = work.mask_idx[job.row_idx]
-            if work.request.params.mode == "ar":
-                logits[row].masked_fill_(~self.ar_mask, float("-inf"))
-            elif mask_idx is not None:
-                logits[row].masked_fill_(~self.plan_masks[mask_idx], float("-inf"))
-        num = len(jobs)
-        requests = [work.request for work in of_job]
+        num = len(rows)
+        if num == 0:
+            return
+        requests = [row.request for row in rows]
+        logits = self._logits(hidden, [row.row for row in rows])
+        wants_logprob = [i for i, r in enumerate(requests) if r.params.logprobs]
+        raw = logits[self._tensor(wants_logprob)] if wants_logprob else None
+        by_mask: dict[int, list[int]] = {}
+        for idx, row in enumerate(rows):
+            mask_idx = row.work.mask_idx[row.idx]
+            if row.request.params.mode == "ar":
+                mask_idx = self._ar_mask_idx
+            if mask_idx is not None:
+                by_mask.setdefault(mask_idx, []).append(idx)
+        for mask_idx, masked in by_mask.items():
+            is_all = len(masked) == num
+            self._token_masks[mask_idx].apply(logits, None if is_all else self._tensor(masked))
         stats = ops.unmask_(
             torch.zeros(num, dtype=torch.int64, device=self.device),
             logits,
             self._count(num),
             self._count(num + 1),
-            self._tensor([1] * num, torch.int32),
+            torch.ones(num, dtype=torch.int32, device=self.device),
             seeds=self._tensor([request.seed for request in requests]),
             positions=self._tensor(
-                [len(request.token_ids) + job.row_idx
-                 for job, request in zip(jobs, requests, strict=True)],
-                torch.int32,
+                [len(row.request.token_ids) + row.idx for row in rows], torch.int32
             ),
             **self._sampling(requests),
-        )  # fmt: skip
-        yield from zip(jobs, stats.candidate.tolist(), stats.is_nan.tolist(), strict=True)
+        )
+        token_ids = stats.candidate
+        logprobs = self._logprobs(raw, token_ids, wants_logprob)
+        for row, token_id, is_nan, logprob in zip(
+            rows, token_ids.tolist(), stats.is_nan.tolist(), logprobs, strict=True
+        ):
+            row.predicted.token_ids.append(token_id)
+            row.predicted.logprobs.append(logprob)
+            row.predicted.is_nan |= is_nan
 
-    def _denoise(
-        self, hidden: Tensor, jobs: Sequence[_SpanJob], rule: str
-    ) -> Iterator[tuple[_SpanJob, list[tuple[int, int]], bool]]:
+    def _denoise(self, hidden: Tensor, spans: Sequence[_OpenSpan], rule: str) -> None:
         """One unmasking step over the open spans of many requests."""
-        positions = [p for job in jobs for p in job.masked]
-        rows = [job.first_row + p - job.span.lo - 1 for job in jobs for p in job.masked]
-        cu_rows = list(itertools.accumulate((len(job.masked) for job in jobs), initial=0))
-        requests = [job.request for job in jobs]
+        positions = [p for span in spans for p in span.span.masked]
+        rows = [span.row_shift + p - 1 for span in spans for p in span.span.masked]
+        cu_rows = list(itertools.accumulate((len(s.span.masked) for s in spans), initial=0))
+        requests = [span.request for span in spans]
+        wants_logprob = [
+            row
+            for request, (lo, hi) in zip(requests, itertools.pairwise(cu_rows), strict=True)
+            if request.params.logprobs
+            for row in range(lo, hi)
+        ]
         token_ids = torch.full((len(rows),), -1, dtype=torch.int64, device=self.device)
+        logits = self._logits(hidden, rows)
         stats = ops.unmask_(
             token_ids,
-            self.model.logits(hidden[self._tensor(rows)]),
+            logits,
             self._count(len(rows)),
             self._tensor(cu_rows, torch.int32),
-            self._tensor([job.quota for job in jobs], torch.int32),
+            self._tensor([s.request.quota(s.span) for s in spans], torch.int32),
             rule=RULES[rule].kernel_rule,
             threshold=self._tensor([r.params.threshold or 0.0 for r in requests], torch.float32),
-            alg_temp=self._tensor([r.params.alg_temp for r in requests], torch.float32),
+            alg_temp=self._setting([r.params.alg_temp for r in requests], torch.float32),
             banned_ids=self.banned_in_span,
-            seeds=self._tensor([job.request.seed for job in jobs for _ in job.masked]),
-            step_idx=self._tensor([r.rounds[-1].step_idx for r in requests], torch.int32),
+            seeds=self._tensor([s.request.seed for s in spans for _ in s.span.masked]),
+            step_idx=self._tensor([s.span.step_idx for s in spans], torch.int32),
             positions=self._tensor(positions, torch.int32),
             **self._sampling(requests),
         )
+        raw = logits[self._tensor(wants_logprob)] if wants_logprob else None
+        logprobs = self._logprobs(raw, stats.candidate, wants_logprob)
         written, is_nan = token_ids.tolist(), stats.is_nan.tolist()
-        for job, (lo, hi) in zip(jobs, itertools.pairwise(cu_rows), strict=True):
-            pairs = zip(positions[lo:hi], written[lo:hi], strict=True)
-            yield job, [(p, token_id) for p, token_id in pairs if token_id >= 0], any(is_nan[lo:hi])
+        for span, (lo, hi) in zip(spans, itertools.pairwise(cu_rows), strict=True):
+            span.predicted.is_nan |= any(is_nan[lo:hi])
+            span.predicted.writes += [
+                Write(positions[row], written[row], logprobs[row])
+                for row in range(lo, hi)
+                if written[row] >= 0
+            ]
+
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        return self.model.logits(hidden[self._tensor(rows)], self.project)
+
+    def _logprobs(
+        self, logits: Tensor | None, token_ids: Tensor, rows: list[int]
+    ) -> list[float | None]:
+        """Log-probability of the tokens of some rows, None for the others."""
+        logprobs: list[float | None] = [None] * len(token_ids)
+        if logits is not None:
+            chosen = token_ids[self._tensor(rows)].clamp(min=0)[:, None]
+            values = logits.float().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+            for row, value in zip(rows, values, strict=True):
+                logprobs[row] = value
+        return logprobs
 
     def _sampling(self, requests: Sequence[Request]) -> _Sampling:
         """Per-span sampling settings for the kernel."""
         params = [request.params for request in requests]
         return {
-            "temperature": self._tensor([p.temperature or 0.0 for p in params], torch.float32),
-            "top_p": self._tensor([p.top_p for p in params], torch.float32),
-            "top_k": self._tensor([p.top_k or 0 for p in params], torch.int32),
+            "temperature": self._setting([p.temperature or 0.0 for p in params], torch.float32),
+            "top_p": self._setting([p.top_p for p in params], torch.float32),
+            "top_k": self._setting([p.top_k or 0 for p in params], torch.int32),
         }
 
-    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+    def _setting(self, values: list[T], dtype: torch.dtype) -> T | Tensor:
+        """One number where all agree, which spares a kernel that filters nothing its work."""
+        if all(value == values[0] for value in values):
+            return values[0]
+        return self._tensor(values, dtype)
+
+    def _tensor(
+        self, values: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.int64
+    ) -> Tensor:
         """Host numbers on the device of the model; a GPU gets them without a wait."""
         if self.device.type == "cuda":
             pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
             return pinned.to(self.device, non_blocking=True)
+        if isinstance(values, np.ndarray):
+            return torch.from_numpy(values)
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def _count(self, end: int) -> Tensor:
         """``0 .. end - 1``, int32."""
         return torch.arange(end, dtype=torch.int32, device=self.device)
 
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A range on the timeline of NVIDIA's profilers."""
+        if self.device.type == "cuda":
+            return torch.cuda.nvtx.range(f"pdiff {name}")
+        return contextlib.nullcontext()
+
+
+class _TokenMask:
+    """Which ids a row may predict, applied to few rows of logits without touching all of them."""
+
+    def __init__(self, allowed: Tensor) -> None:
+        self._is_few_allowed = int(allowed.sum()) * 2 < len(allowed)
+        self._ids = (allowed if self._is_few_allowed else ~allowed).nonzero()[:, 0]
+
+    def apply(self, logits: Tensor, rows: Tensor | None) -> None:
+        """Ban ids in the rows of ``[num_rows, vocab_size]`` logits, in place; None: in all."""
+        if rows is None:
+            if not self._is_few_allowed:
+                logits.index_fill_(1, self._ids, float("-inf"))
+                return
+            kept = logits[:, self._ids]
+            logits.fill_(float("-inf"))
+            logits[:, self._ids] = kept
+            return
+        at = rows[:, None], self._ids
+        if self._is_few_allowed:
+            kept = logits[at]
+            logits.index_fill_(0, rows, float("-inf"))
+            logits[at] = kept
+        else:
+            logits[at] = float("-inf")
+
 
 @dataclasses.dataclass(frozen=True)
-class _RowJob:
-    """One of the last rows of a work, which predicts the token that follows it."""
+class _NextRow:
+    """A row of the batch that predicts the token behind it: the ``idx``-th such of its work."""
 
-    work_idx: int
-    row_idx: int
+    work: Work
+    predicted: Predicted
+    row: int
+    idx: int
+
+    @property
+    def request(self) -> Request:
+        return self.work.request
 
 
 @dataclasses.dataclass(frozen=True)
-class _SpanJob:
-    """One open span in a batch; ``first_row`` is the batch row of its ``<async>``."""
+class _OpenSpan:
+    """A span of the batch; position p lies in batch row ``row_shift + p``."""
 
-    work_idx: int
-    request: Request
+    work: Work
+    predicted: Predicted
     span: Span
-    masked: list[int]
-    quota: int
-    first_row: int
+    row_shift: int
 
-
-def _row_of(work: Work, span: Span) -> int:
-    """Index of the span's ``<async>`` among the rows of ``work``."""
-    return work.positions.index(span.lo)
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
+    @property
+    def request(self) -> Request:
+        return self.work.request
 
 
 class _Sampling(TypedDict):
-    temperature: Tensor
-    top_p: Tensor
-    top_k: Tensor
+    temperature: float | Tensor
+    top_p: float | Tensor
+    top_k: int | Tensor
 
 
-def _parts(items: list[_RowJob], size: int) -> Iterator[list[_RowJob]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _span_rows(work: Work, end: int) -> Iterator[tuple[Span, int]]:
+    """The open spans, which are the last rows of the work, and the batch row each starts at."""
+    row = end - sum(span.hi - span.lo for span in work.spans)
+    for span in work.spans:
+        yield span, row
+        row += span.hi - span.lo
 
 
-def _span_parts(jobs: list[_SpanJob], max_rows: int) -> Iterator[list[_SpanJob]]:
+def _parts(spans: list[_OpenSpan], max_rows: int) -> Iterator[list[_OpenSpan]]:
     """Cut between spans so that no part has more than ``max_rows`` rows, if spans allow."""
-    part: list[_SpanJob] = []
+    part: list[_OpenSpan] = []
     rows = 0
-    for job in jobs:
-        if part and rows + len(job.masked) > max_rows:
+    for span in spans:
+        num_rows = len(span.span.masked)
+        if part and rows + num_rows > max_rows:
             yield part
             part, rows = [], 0
-        part.append(job)
-        rows += len(job.masked)
+        part.append(span)
+        rows += num_rows
     if part:
         yield part

@@ -2,6 +2,7 @@
 
 The decoder knows nothing of requests, pages or documents: a batch is a flat list of token rows, and
 `attend` mixes them. Training passes :class:`PackedAttention`, the engine its paged counterpart.
+`project` applies the matrices, for an engine that wants a row's bits to be its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from pdiff_runtime.models.config import ModelConfig
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer_idx, q, k, v) -> out``: q, out ``[rows, num_heads_q, head_dim]``; k, v
 ``[rows, num_heads_kv, head_dim]``, before rotary. It applies the rotary embedding itself."""
+
+Project = Callable[[nn.Linear, Tensor], Tensor]
+"""``project(linear, x) -> linear(x)``: ``[rows, in_features]`` -> ``[rows, out_features]``."""
+
+
+def project_at_once(linear: nn.Linear, x: Tensor) -> Tensor:
+    """All rows in one product: the library picks its kernel by their number."""
+    return linear(x)
 
 
 class RMSNorm(nn.Module):
@@ -45,13 +54,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, project: Project) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            project(linear, x).unflatten(-1, (-1, self.head_dim))
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(attend(self.layer_idx, q, k, v).flatten(-2))
+        return project(self.o_proj, attend(self.layer_idx, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -63,9 +72,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, project: Project) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
+        return project(self.down_proj, ops.swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -78,10 +88,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, project: Project) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
-        x = x + self.self_attn(self.input_layernorm(x), attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), attend, project)
+        return x + self.mlp(self.post_attention_layernorm(x), project)
 
 
 class DecoderStack(nn.Module):
@@ -115,24 +125,27 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
-    def forward(self, token_ids: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, attend: Attend, project: Project = project_at_once
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             token_ids: ``[rows]`` int64.
             attend: Mixes the rows, layer by layer; see :data:`Attend`.
+            project: Applies each matrix; see :data:`Project`.
 
         Returns:
             ``[rows, hidden_size]`` in the weights' dtype (or autocast's).
         """
         x = self.model.embed_tokens(token_ids)
         for layer in self.model.layers:
-            x = layer(x, attend)
+            x = layer(x, attend, project)
         return self.model.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, project: Project = project_at_once) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, vocab_size]``; row p predicts position p + 1."""
-        return self.lm_head(hidden)
+        return project(self.lm_head, hidden)
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

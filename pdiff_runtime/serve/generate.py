@@ -78,7 +78,7 @@ def as_json(output: RequestOutput, prompt: str, tags: ControlTokens) -> str:
         "token_ids": output.token_ids,
     }
     if output.error is not None:
-        fields["error"] = output.error
+        fields["error"] = str(output.error)
     return json.dumps(fields, ensure_ascii=False)
 
 
@@ -117,7 +117,8 @@ def watch(
         pace: Least time in seconds that a denoising step stays on the screen; it is not part of
             the time reported.
     """
-    clock = Stopwatch(llm.stream(prompt, params))
+    shown = (PlanReady, SpanUpdate, Finished)
+    clock = Stopwatch(e for e in llm.stream(prompt, params) if isinstance(e, shown))
     with console.status("writing" if params.mode == "ar" else "planning"):
         event = next(clock)
     while isinstance(event, PlanReady):

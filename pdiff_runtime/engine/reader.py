@@ -1,0 +1,97 @@
+"""The visible text of an answer as it becomes final, in reading order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pdiff_runtime.plan import ControlTokens
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Reader:
+    """Reads tokens one after another and says what a reader sees of them.
+
+    Only a few tokens are decoded at a time, so a long answer costs what its tokens cost once.
+
+    Args:
+        tags: Control tokens; what they hide is hidden here as in ``visible_text``.
+        decode: Token ids to text.
+        stop: Strings that end the text; it is cut before the first of them.
+
+    Attributes:
+        text: All visible text so far.
+        is_stopped: A stop string was found, and `text` ends before it.
+    """
+
+    def __init__(self, tags: ControlTokens, decode: Decode, stop: Sequence[str] = ()) -> None:
+        self._tags, self._decode, self._stop = tags, decode, tuple(stop)
+        self._cuts = frozenset(
+            (tags.async_start, tags.async_end, tags.sync, tags.topic_start, tags.topic_end)
+        )
+        self._hidden = frozenset((tags.pad, tags.mask, tags.eos))
+        self._inside_topic = False
+        self._part: list[int] = []
+        self._part_text = 0  # where the part's text starts in `text`
+        self._settled, self._read = 0, 0  # tokens of the part with final text, with any text
+        self._num_taken = 0
+        self.text = ""
+        self.is_stopped = False
+
+    def read(self, token_id: int) -> None:
+        """Take the next token; nothing happens once the text has stopped."""
+        if self.is_stopped:
+            return
+        if token_id in self._cuts:
+            self._end_part()
+            self._inside_topic = token_id == self._tags.topic_start
+        elif not self._inside_topic and token_id not in self._hidden:
+            self._part.append(token_id)
+            before = self._decode(self._part[self._settled : self._read])
+            after = self._decode(self._part[self._settled :])
+            if len(after) > len(before) and not after.endswith("\N{REPLACEMENT CHARACTER}"):
+                self._settled, self._read = self._read, len(self._part)
+                self._append(after[len(before) :])
+
+    def finish(self) -> None:
+        """No further token comes."""
+        if not self.is_stopped:
+            self._end_part()
+            self._part_text = len(self.text)
+
+    def take(self, *, is_last: bool = False) -> str:
+        """What is new since the last call, less what may become part of a stop string."""
+        end = len(self.text)
+        if not (is_last or self.is_stopped):
+            end -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
+        new, self._num_taken = self.text[self._num_taken : end], max(end, self._num_taken)
+        return new
+
+    def _end_part(self) -> None:
+        """What was held back as half a character is text now."""
+        before = self._decode(self._part[self._settled : self._read])
+        self._append(self._decode(self._part[self._settled :])[len(before) :])
+        self._part, self._settled, self._read = [], 0, 0
+        self._part_text = len(self.text)
+
+    def _append(self, piece: str) -> None:
+        if not piece:
+            return
+        start = len(self.text)
+        is_first = start > 0 and start == self._part_text
+        if is_first and not self.text[-1].isspace() and not piece[0].isspace():
+            piece = " " + piece
+        self.text += piece
+        for stop in self._stop:
+            found = self.text.find(stop, max(0, start - len(stop) + 1))
+            if found >= 0:
+                self.text = self.text[:found]
+                self.is_stopped = True
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a true beginning of ``stop``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

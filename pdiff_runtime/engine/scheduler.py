@@ -1,0 +1,217 @@
+"""Who takes part in the next forward, and who gets which pages.
+
+Requests are served by priority, then in the order they came. A step has room for
+``max_batch_tokens`` rows and is filled in this order:
+
+1. the next token of every request that writes one by one: few rows, and much waits for them;
+2. spans that have started: they run in every step until they are full;
+3. the rest, request by request: chunks of prompts, finished spans to commit, and new spans.
+
+Pages are taken when rows need them. Where none is free, the request that is served last gives
+its own back and goes on later from the tokens it has, so the first one always gets on. The spans
+of a round start together if rows and pages allow; else as many as fit, in reading order, and the
+others in waves after them. Only for its first span does a request take pages from others.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+from pdiff_runtime.cache import OutOfPagesError, PageAllocator
+from pdiff_runtime.engine.params import EngineConfig
+from pdiff_runtime.engine.request import Request, Span, Work
+
+
+class Scheduler:
+    """Holds all requests of an engine.
+
+    Attributes:
+        waiting, running: In the order they are served.
+        num_preemptions: How often a request lost its pages.
+    """
+
+    def __init__(self, config: EngineConfig, allocator: PageAllocator) -> None:
+        self.config, self.allocator = config, allocator
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        bisect.insort(self.waiting, request, key=_order)
+
+    def remove(self, requests: Iterable[Request]) -> None:
+        """Forget requests; their pages are their own business."""
+        gone = {id(request) for request in requests}
+        self.waiting = [r for r in self.waiting if id(r) not in gone]
+        self.running = [r for r in self.running if id(r) not in gone]
+
+    def schedule(self) -> list[Work]:
+        """What the next forward does; starts and stops requests as pages and rows demand."""
+        self._admit()
+        batch = _Batch(self.config.max_batch_tokens)
+        for request in [r for r in self.running if r.writes_next and r.has_predicted]:
+            if request.is_running:
+                self._take_context(request, batch)
+        for request in self.running:
+            if request.computed == request.context_end:
+                for spans in request.span_groups():
+                    if spans[0].is_started and batch.has_room(_num_rows(spans)):
+                        batch.add_spans(request, spans)
+        for request in list(self.running):
+            if request.is_running and request not in batch.works:
+                self._take_context(request, batch)
+            if request.is_running and batch.context_end(request) == request.context_end:
+                self._start_spans(request, batch)
+        return list(batch.works.values())
+
+    def _admit(self) -> None:
+        """Start waiting requests for which there is room beside what the running ones will take."""
+        for request in list(self.waiting):
+            if len(self.running) >= self.config.max_requests:
+                return
+            leader = request.leader
+            if leader is not None and not (leader.has_predicted or leader.is_done):
+                continue
+            if self.config.prefix_cache:
+                request.adopt_prefix()
+            if (
+                self.running
+                and sum(r.num_pages_wanted for r in (*self.running, request))
+                > self.allocator.num_free
+            ):
+                request.give_back()
+                return
+            if request.is_pinned:
+                request.pages.grow(request.prompt_len + request.params.max_tokens)
+            if request.usage.num_preemptions == 0:
+                request.usage.cached_tokens = request.computed
+            self.waiting.remove(request)
+            request.start()
+            bisect.insort(self.running, request, key=_order)
+
+    def _take_context(self, request: Request, batch: _Batch) -> None:
+        """Forward what of the context fits, and ask for a token where that completes it."""
+        work = Work(request)
+        has_spans = False
+        for runs in request.context_groups():
+            room = batch.room - work.num_context_rows
+            lo, hi, kind, _ = runs[0]
+            if kind == "causal":
+                hi = min(hi, lo + room)
+                if hi <= lo:
+                    break
+                runs = [(lo, hi, kind, ((0, hi),))]
+            elif sum(hi - lo for lo, hi, _, _ in runs) > room and (batch.has_spans or has_spans):
+                batch.is_blocked = True
+                break
+            else:
+                has_spans = True
+            if not self._grow(request, runs[-1][1], batch):
+                break
+            work.context += runs
+        if not work.context:
+            return
+        if work.context[-1][1] == len(request.token_ids) and not request.span_groups():
+            request.draft_plan(work, max_drafts=batch.room - work.num_context_rows)
+            if work.num_drafts and not self._grow(request, work.context[-1][1], batch):
+                return
+        batch.add(work)
+
+    def _start_spans(self, request: Request, batch: _Batch) -> None:
+        groups = request.span_groups()
+        is_first = not any(spans[0].is_started for spans in groups)
+        for spans in groups:
+            if spans[0].is_started:
+                continue
+            if batch.is_blocked or not batch.has_room(_num_rows(spans)):
+                # Else spans of later requests would take the rows that these wait for.
+                batch.is_blocked = True
+                return
+            if not self._grow(request, spans[-1].hi, batch, may_preempt=is_first):
+                return
+            for span in spans:
+                span.is_started = True
+            batch.add_spans(request, spans)
+            is_first = False
+
+    def _grow(
+        self, request: Request, num_tokens: int, batch: _Batch, *, may_preempt: bool = True
+    ) -> bool:
+        """Pages for the first ``num_tokens`` positions, from requests served later if need be."""
+        while True:
+            try:
+                request.pages.grow(num_tokens)
+            except OutOfPagesError:
+                victim = self._victim(request) if may_preempt else None
+                if victim is None:
+                    return False
+                self._preempt(victim, batch)
+            else:
+                return True
+
+    def _victim(self, request: Request) -> Request | None:
+        """The running request that is served last, if it is served after ``request``."""
+        for other in reversed(self.running):
+            if other is request:
+                return None
+            if not other.is_pinned:
+                return other
+        return None
+
+    def _preempt(self, request: Request, batch: _Batch) -> None:
+        batch.drop(request)
+        request.preempt()
+        self.running.remove(request)
+        self.add(request)
+        self.num_preemptions += 1
+
+
+class _Batch:
+    """The works of one forward, and how many more rows it takes.
+
+    Attributes:
+        has_spans: Whether any rows are those of spans.
+        is_blocked: Spans did not fit, so no others may start.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self.room = max_rows
+        self.works: dict[Request, Work] = {}
+        self.is_blocked = False
+        self.has_spans = False
+
+    def has_room(self, num_rows: int) -> bool:
+        """Whether spans fit; where no others run, they do however long they are."""
+        return num_rows <= self.room or not self.has_spans
+
+    def add(self, work: Work) -> None:
+        self.works[work.request] = work
+        self.room -= work.num_context_rows
+        self.has_spans |= any(kind == "full" for _, _, kind, _ in work.context)
+
+    def add_spans(self, request: Request, spans: list[Span]) -> None:
+        self.works.setdefault(request, Work(request)).spans += spans
+        self.room -= _num_rows(spans)
+        self.has_spans = True
+
+    def drop(self, request: Request) -> None:
+        work = self.works.pop(request, None)
+        if work is not None:
+            self.room += work.num_context_rows + _num_rows(work.spans)
+
+    def context_end(self, request: Request) -> int:
+        """How far the request's context is computed after this forward."""
+        work = self.works.get(request)
+        if work is None or not work.context:
+            return request.computed
+        return work.context[-1][1] - work.num_drafts
+
+
+def _num_rows(spans: list[Span]) -> int:
+    return sum(span.hi - span.lo for span in spans)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
