@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pdiff_runtime import ops, plan, train
     from pdiff_runtime._C import __version__
-    from pdiff_runtime.engine import LLM, EngineConfig, GenerationParams, RequestOutput
+    from pdiff_runtime.engine import LLM, AsyncEngine, EngineConfig, GenerationParams, RequestOutput
     from pdiff_runtime.models import Decoder, load_model
     from pdiff_runtime.plan import ControlTokens, SpanLayout
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "ControlTokens",
     "Decoder",
     "EngineConfig",
@@ -29,6 +30,7 @@ __all__ = [
 
 _HOME_OF = {
     "LLM": "engine",
+    "AsyncEngine": "engine",
     "ControlTokens": "plan",
     "Decoder": "models",
     "EngineConfig": "engine",

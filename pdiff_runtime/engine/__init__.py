@@ -1,5 +1,6 @@
 """Requests, and the engine that moves all of them one forward at a time."""
 
+from pdiff_runtime.engine.async_engine import AsyncEngine, Health
 from pdiff_runtime.engine.engine import Engine
 from pdiff_runtime.engine.errors import (
     BadLogitsError,
@@ -27,6 +28,7 @@ from pdiff_runtime.engine.params import EngineConfig, GenerationParams
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "BadLogitsError",
     "DuplicateRequestError",
     "Engine",
@@ -36,6 +38,7 @@ __all__ = [
     "Finished",
     "GenerationError",
     "GenerationParams",
+    "Health",
     "InvalidPlanError",
     "OutOfMemoryError",
     "OverloadedError",

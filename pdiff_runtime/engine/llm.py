@@ -143,16 +143,28 @@ class LLM:
     def _request(self, prompt: Prompt, params: GenerationParams) -> _Request:
         return self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan)
 
+    def acquire(self) -> None:
+        """Take the engine for oneself, as :class:`AsyncEngine` does, until :meth:`release`.
+
+        Raises:
+            RuntimeError: It is taken.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("LLM: another generate or stream is under way; one at a time")
+
+    def release(self) -> None:
+        """Give the engine back."""
+        self._lock.release()
+
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Hold the engine; whatever ends the block, none of its requests stays."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("LLM: another generate or stream is under way; one at a time")
+        self.acquire()
         try:
             yield
         finally:
             self.engine.abort(self.engine.request_ids)
-            self._lock.release()
+            self.release()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.

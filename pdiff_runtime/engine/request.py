@@ -283,8 +283,9 @@ class Request:
 
     def clock(self) -> None:
         """Book the time since the last call to the phase it was in then."""
-        now, seconds_in = time.perf_counter(), self.usage.seconds_in
-        seconds_in[self._phase_then] = seconds_in.get(self._phase_then, 0.0) + now - self._since
+        now, then, seconds_in = time.perf_counter(), self._phase_then, self.usage.seconds_in
+        if then is not Phase.DONE:
+            seconds_in[then.value] = seconds_in.get(then.value, 0.0) + now - self._since
         self._since, self._phase_then = now, self.phase
 
     def _closed_rounds(self) -> list[PlanRound]:
@@ -593,9 +594,9 @@ class Request:
 
     def finish(self, reason: FinishReason, *, error: GenerationError | None = None) -> None:
         """End the request and give its pages back."""
+        self.finish_reason = reason
         self.clock()
         self.usage.seconds = sum(self.usage.seconds_in.values())
-        self.finish_reason = reason
         self.error = error
         self._is_denoising = False
         self.is_running = False
