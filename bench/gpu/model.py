@@ -9,7 +9,6 @@ model writes that plan by itself.
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections.abc import Callable
 
@@ -19,7 +18,8 @@ from published import Published
 from records import Bench, Work
 from torch import Tensor
 
-from pdiff_runtime import LLM, ControlTokens, Decoder, EngineConfig, GenerationParams, ops
+from pdiff_runtime import LLM, Decoder, EngineConfig, GenerationParams, ops
+from pdiff_runtime.bench.models import TAGS, WORDS, planning_model, random_prompt
 from pdiff_runtime.cache import KVCache
 from pdiff_runtime.engine.runner import PagedAttention
 from pdiff_runtime.models import ModelConfig
@@ -34,11 +34,7 @@ TINY = ModelConfig(
     vocab_size=640, hidden_size=64, num_layers=2, num_heads_q=4, num_heads_kv=2, head_dim=16,
     intermediate_size=96, qkv_bias=True, max_position=2048, model_type="Dream",
 )  # fmt: skip
-TAGS = ControlTokens(
-    topic_start=600, topic_end=601, async_start=602, async_end=603, sync=604, mask=605, pad=606,
-    eos=607, digits=tuple(range(15, 25)),
-)  # fmt: skip
-PROMPT_END, WORDS, NUM_TOPICS = 100, (200, 201), 8
+NUM_TOPICS, NUMBER = 8, 4
 PAGE_SIZE = 64
 NAME = "cuda" if ON_GPU else "cpu"
 """The implementation that runs."""
@@ -47,42 +43,14 @@ NAME = "cuda" if ON_GPU else "cpu"
 def run(bench: Bench) -> None:
     """Steps first: they say more, and take less time."""
     with torch.inference_mode():
-        model = random_model(TINY if bench.is_tiny else DREAM_7B)
+        config = TINY if bench.is_tiny else DREAM_7B
+        model = planning_model(config, number=NUMBER, device=DEVICE)
     context, spans = (40, (8, 6)) if bench.is_tiny else (1024, (60,) * 5)
     body = functools.partial(_step, bench, "denoise step", model, context, spans)
     bench.case("denoise step", body)
     body = functools.partial(_step, bench, "autoregressive step", model, 2 * context, None)
     bench.case("autoregressive step", body)
     bench.case("whole answer", functools.partial(_answers, bench, model))
-
-
-def random_model(config: ModelConfig) -> Decoder:
-    """Random weights under which `PROMPT_END` starts a plan of `NUM_TOPICS` topics.
-
-    What a row holds is mostly its own token's embedding, so that a row of the head that resembles
-    it makes one token follow another.
-    """
-    with torch.device("meta"):
-        model = Decoder(config).to(torch.bfloat16)
-    model = model.to_empty(device=DEVICE).eval().requires_grad_(False)
-    model.reset_rope(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            std = 1.0 if "embed_tokens" in name else 0.02
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= (2 * config.num_layers) ** 0.5
-            parameter.normal_(0.0, std, generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-    digit = TAGS.digits[4]
-    follows = [PROMPT_END, TAGS.topic_start, *WORDS, digit, TAGS.topic_end, TAGS.topic_start]
-    strength = 8.0 / config.hidden_size**0.5  # against noise of 0.02 * sqrt(hidden_size)
-    for before, after in itertools.pairwise(follows):
-        head[after] += strength * embedding[before]
-    head[TAGS.eos] += 0.5 * strength * embedding[TAGS.topic_end]
-    return model
 
 
 class Step:
@@ -186,11 +154,8 @@ def _step(
 
 
 def _answers(bench: Bench, model: Decoder) -> None:
-    num_prompt, number = (20, 4) if bench.is_tiny else (512, 4)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(300, 500, (num_prompt,), generator=generator).tolist()
-    prompt = [*text, PROMPT_END]
-    topic = [TAGS.topic_start, *WORDS, TAGS.digits[number], TAGS.topic_end]
+    prompt = random_prompt(21 if bench.is_tiny else 513, seed=0)
+    topic = [TAGS.topic_start, *WORDS, TAGS.digits[NUMBER], TAGS.topic_end]
     script = topic * NUM_TOPICS + [TAGS.eos]
 
     llm = LLM(
@@ -207,7 +172,7 @@ def _answers(bench: Bench, model: Decoder) -> None:
 
     def check() -> None:
         lengths = [length for plan_round in output.rounds for length in plan_round.lengths]
-        assert lengths == [10 * number] * NUM_TOPICS, f"another plan was written: {lengths}"
+        assert lengths == [10 * NUMBER] * NUM_TOPICS, f"another plan was written: {lengths}"
         assert len(prompt) + len(output.token_ids) == len(sequence), "answers differ in length"
 
     bench.check("whole answer", NAME, check)

@@ -31,7 +31,8 @@ from pdiff_runtime.engine.reader import Decode
 from pdiff_runtime.engine.request import Limits, PlanRound, Request, Work
 from pdiff_runtime.engine.runner import Predicted, Runner
 from pdiff_runtime.engine.scheduler import Scheduler
-from pdiff_runtime.models.decoder import Decoder, project_at_once
+from pdiff_runtime.models.decoder import Decoder, Project, project_at_once
+from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import RowTiles
 from pdiff_runtime.plan import ControlTokens, PlanError, PlanGrammar, parse_plan, visible_text
 
@@ -89,7 +90,7 @@ class Engine:
             plan_masks=grammar.masks,
             ar_mask=ar_mask,
             max_logits_rows=config.max_logits_rows,
-            project=RowTiles() if config.batch_invariant else project_at_once,
+            project=_project(config),
             split_keys=not config.batch_invariant,
         )  # fmt: skip
         self.scheduler = Scheduler(config, self.allocator)
@@ -391,6 +392,14 @@ class Engine:
                     f"{name}: expected ids from 0 to {vocab_size - 1}, "
                     f"got {token_id} at position {position}"
                 )
+
+
+def _project(config: EngineConfig) -> Project:
+    """How the matrices are applied."""
+    project: Project = project_at_once
+    if config.pack_weights and PackedWeights.is_available():
+        project = PackedWeights()
+    return RowTiles(project) if config.batch_invariant else project
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

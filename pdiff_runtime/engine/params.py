@@ -42,6 +42,8 @@ class EngineConfig:
             model to confirm: fewer forwards, the same plan.
         batch_invariant: Make every result the same bits in any company, however prompts are cut
             into chunks, and after preemption. Matrix products then run in tiles of fixed sizes.
+        pack_weights: On a CPU, keep a copy of bfloat16 weights in the order that products want:
+            quicker, and twice the memory of the weights.
     """
 
     max_requests: int = 64
@@ -55,6 +57,7 @@ class EngineConfig:
     max_topic_tokens: int = 64
     draft_plan: bool = True
     batch_invariant: bool = False
+    pack_weights: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -10,12 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pdiff_runtime.models.decoder import Project, project_at_once
+
 SIZES = (16, 64, 256)
 """Rows of a tile. One row alone costs little less than 16; many rows want large tiles."""
 
 
 class RowTiles:
     """A :data:`~pdiff_runtime.models.decoder.Project` that is invariant to the batch.
+
+    Args:
+        project: Runs each tile.
 
     Which sizes agree is tried once for every shape of layer. The number of threads is part of what
     the library decides by: it must stay what it was.
@@ -25,7 +30,8 @@ class RowTiles:
             no tile size would do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, project: Project = project_at_once) -> None:
+        self._project = project
         self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
 
     def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
@@ -33,19 +39,19 @@ class RowTiles:
         sizes = self.sizes(linear)
         num_rows = x.shape[0]
         if num_rows in sizes:
-            return linear(x)
+            return self._project(linear, x)
         out = x.new_empty(num_rows, linear.out_features)
         lo = 0
         for idx, size in enumerate(sizes):  # the largest first
             while num_rows - lo >= size:
-                out[lo : lo + size] = linear(x[lo : lo + size])
+                out[lo : lo + size] = self._project(linear, x[lo : lo + size])
                 lo += size
             rest = num_rows - lo
             # More than half a tile is cheaper padded than in smaller ones.
             if rest > size // 2 or (rest and idx == len(sizes) - 1):
                 tile = x.new_zeros(size, x.shape[1])
                 tile[:rest] = x[lo:]
-                out[lo:] = linear(tile)[:rest]
+                out[lo:] = self._project(linear, tile)[:rest]
                 break
         return out
 
@@ -54,11 +60,11 @@ class RowTiles:
         weight = linear.weight
         key = (weight.shape, weight.dtype, weight.device, linear.bias is None)
         if key not in self._sizes:
-            self._sizes[key] = agreeing_sizes(linear)
+            self._sizes[key] = agreeing_sizes(linear, self._project)
         return self._sizes[key]
 
 
-def agreeing_sizes(linear: nn.Linear) -> tuple[int, ...]:
+def agreeing_sizes(linear: nn.Linear, project: Project = project_at_once) -> tuple[int, ...]:
     """Sizes of :data:`SIZES` whose tiles give a row the same bits, the largest first.
 
     The order of a sum does not depend on its numbers, so random ones show it. Of the groups that
@@ -71,8 +77,10 @@ def agreeing_sizes(linear: nn.Linear) -> tuple[int, ...]:
     ).to(weight.dtype)
     groups: list[tuple[Tensor, list[int]]] = []
     for size in SIZES:
-        rows = torch.cat([linear(tile) for tile in x.split(size)])
-        shifted = torch.cat([linear(tile) for tile in x.roll(1, 0).split(size)]).roll(-1, 0)
+        rows = torch.cat([project(linear, tile) for tile in x.split(size)])
+        shifted = torch.cat([project(linear, tile) for tile in x.roll(1, 0).split(size)]).roll(
+            -1, 0
+        )
         if not torch.equal(rows, shifted):
             continue
         for seen, group in groups:
