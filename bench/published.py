@@ -3,8 +3,8 @@
 Our own rendering of the published algorithm, with its data flow: an additive mask of the whole
 sequence, keys cached before rotary, rotary and the repetition of key heads redone over the whole
 cache in each forward, logits of all forwarded rows placed into one ``[1, tokens, vocab_size]``
-tensor that is cloned and shifted, and a loop over spans. Greedy, ordered by entropy, top-k 50 as
-its default is.
+tensor that is cloned and shifted, and a loop over spans. Ordered by entropy, top-k 50 as its
+default is; greedy, or sampled with the whole vocabulary sorted for top-p.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ class Published:
         length_unit: Tokens per unit of a topic's number.
         steps_ratio: Steps of a round per token of its longest span.
         top_k: Filter before the softmax; 0 is off.
+        temperature, top_p: Of sampling in spans; 0 and 1 are off.
     """
 
     def __init__(
         self, model: Decoder, tags: ControlTokens, *, length_unit: int = 10,
-        steps_ratio: float = 1.0, top_k: int = 50,
+        steps_ratio: float = 1.0, top_k: int = 50, temperature: float = 0.0, top_p: float = 1.0,
     ) -> None:  # fmt: skip
         self.model, self.tags = model, tags
         self.length_unit, self.steps_ratio, self.top_k = length_unit, steps_ratio, top_k
+        self.temperature, self.top_p = temperature, top_p
         self.device = model.cos.device
         self.cache: list[tuple[Tensor, Tensor] | None] = [None] * model.config.num_layers
         self.num_forwards = 0
@@ -131,13 +133,26 @@ class Published:
 
     def _scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         probs = self._filtered(logits).softmax(-1)
-        return (probs * torch.log(probs + 1e-10)).sum(-1), probs.argmax(-1)
+        token = probs.argmax(-1)
+        if self.temperature > 0:
+            token = torch.distributions.Categorical(probs=probs).sample()
+        return (probs * torch.log(probs + 1e-10)).sum(-1), token
 
     def _filtered(self, logits: Tensor) -> Tensor:
+        """Temperature, top-p (with the first token above it), top-k."""
+        lowest = torch.finfo(logits.dtype).min
+        if self.temperature > 0:
+            logits = logits / self.temperature
+        if self.top_p < 1:
+            ordered, ids = torch.sort(logits, descending=True)
+            is_out = ordered.softmax(-1).cumsum(-1) > self.top_p
+            is_out = torch.cat([torch.zeros_like(is_out[..., :1]), is_out[..., :-1]], dim=-1)
+            is_out = torch.zeros_like(is_out).scatter_(-1, ids, is_out)
+            logits = logits.masked_fill(is_out, lowest)
         if self.top_k == 0:
             return logits
         least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
-        return logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
+        return logits.masked_fill(logits < least, lowest)
 
     def _announced(self, token_ids: list[int]) -> list[int]:
         """Lengths of the spans: the first number of each topic since the last sync."""

@@ -23,6 +23,7 @@ class PageTable:
         self._allocator = allocator
         self._page_size = page_size
         self._pages = np.empty(8, np.int32)
+        self._has_dropped = False
         self.num_pages = 0
 
     def grow(self, num_tokens: int) -> None:
@@ -53,7 +54,9 @@ class PageTable:
         A dropped page is replaced by the first one: no row looks there, but tables have no gaps.
         """
         pages = self._pages[: self.num_pages]
-        row[: self.num_pages] = np.where(pages == _NO_PAGE, pages[0], pages)
+        if self._has_dropped:
+            pages = np.where(pages == _NO_PAGE, pages[0], pages)
+        row[: self.num_pages] = pages
 
     def slot(self, position: int) -> int:
         """Where the key and value of ``position`` lie: page * page_size + offset."""
@@ -81,6 +84,7 @@ class PageTable:
         if dropped.any():
             self._allocator.release(pages[dropped].tolist())
             pages[dropped] = _NO_PAGE
+            self._has_dropped = True
 
     def held(self, start: int = 0) -> list[int]:
         """The pages from index ``start`` on that were not dropped."""
@@ -90,4 +94,5 @@ class PageTable:
     def release(self) -> None:
         """Give all pages back."""
         self._allocator.release(self.held())
+        self._has_dropped = False
         self.num_pages = 0

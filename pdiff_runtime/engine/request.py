@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -114,13 +115,17 @@ class Rows:
     Attributes:
         runs: What they are.
         layout: Who sees whom.
-        positions, slots: ``[num_rows]`` int64.
+        positions, slots: ``[num_rows]``, or one number for a single row.
     """
 
     runs: list[Run]
     layout: SpanLayout
-    positions: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64] | int
+    slots: npt.NDArray[np.int64] | int
+
+    @property
+    def num_rows(self) -> int:
+        return self.layout.num_rows
 
 
 @dataclasses.dataclass
@@ -306,7 +311,7 @@ class Request:
         A group of spans must be forwarded as a whole; a causal run may be cut.
         """
         at = self.computed
-        for plan_round in self._closed_rounds():
+        for plan_round in self._closed_rounds() if not self.writes_next else ():
             if plan_round.hi <= at:
                 continue
             if at < plan_round.lo:
@@ -369,6 +374,10 @@ class Request:
 
     def rows(self, work: Work) -> Rows:
         """The rows of ``work``; the same object as long as they stay the same."""
+        if len(work.context) == 1 and not work.spans:
+            lo, hi, kind, _ = work.context[0]
+            if kind == "causal" and hi - lo == 1:  # the next token: no arrays for one row
+                return Rows(work.context, _causal_row(hi), lo, self.pages.slot(lo))
         runs = [*work.context, *(self._span_run(self.open_round, s.lo, s) for s in work.spans)]
         if self._rows is None or self._rows.runs != runs:
             segments = [(hi - lo, kind, intervals) for lo, hi, kind, intervals in runs]
@@ -384,6 +393,8 @@ class Request:
 
     def row_tokens(self, rows: Rows) -> list[int]:
         """Token ids of the rows, drafts included."""
+        if isinstance(rows.positions, int):
+            return [self.token_ids[rows.positions]]
         known = [*self.token_ids, *self._drafts] if self._drafts else self.token_ids
         return list(itertools.chain.from_iterable(known[lo:hi] for lo, hi, _, _ in rows.runs))
 
@@ -697,3 +708,8 @@ class Request:
         if has_span:
             key = [*key, _ISOLATED if self.params.isolate_spans else _JOINT]
         return np.array(key, np.int64)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _causal_row(num_keys: int) -> SpanLayout:
+    return SpanLayout.causal(1, num_keys)

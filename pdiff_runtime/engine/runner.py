@@ -106,7 +106,7 @@ class Runner:
         with self._phase("forward"):
             hidden = self.model(self._tensor(token_ids), self._attend(works, rows), self.project)
         predicted = [Predicted() for _ in works]
-        first_row = list(itertools.accumulate((len(r.positions) for r in rows), initial=0))
+        first_row = list(itertools.accumulate((r.num_rows for r in rows), initial=0))
 
         next_rows = [
             _NextRow(work, seen, end - len(work.mask_idx) + idx, idx)
@@ -139,19 +139,23 @@ class Runner:
         config = self.model.config
         tables = [work.request.pages for work in works]
         page_table = np.full((len(tables), max(t.num_pages for t in tables)), -1, np.int32)
-        for table, row in zip(tables, page_table, strict=True):
-            table.fill_row(row)
+        for table, pages in zip(tables, page_table, strict=True):
+            table.fill_row(pages)
         layouts: list[SpanLayout] = [of_work.layout for of_work in rows]
         plan = ops.AttentionPlan.pack(
             layouts, num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
             head_dim=config.head_dim, device=self.device, page_table=torch.from_numpy(page_table),
             page_size=self.cache.page_size, split_keys=self.split_keys,
         )  # fmt: skip
+        positions, slots = np.empty((2, plan.total_q), np.int64)
+        row = 0
+        for of_work, layout in zip(rows, layouts, strict=True):
+            end = row + layout.num_rows
+            positions[row:end], slots[row:end] = of_work.positions, of_work.slots
+            row = end
         attend = PagedAttention(
-            plan, self.cache, self.model,
-            self._tensor(np.concatenate([of_work.positions for of_work in rows])),
-            self._tensor(np.concatenate([of_work.slots for of_work in rows])),
-        )  # fmt: skip
+            plan, self.cache, self.model, self._tensor(positions), self._tensor(slots)
+        )
         self._prepared = rows, attend
         return attend
 
@@ -261,7 +265,7 @@ class Runner:
 
     def _setting(self, values: list[T], dtype: torch.dtype) -> T | Tensor:
         """One number where all agree, which spares a kernel that filters nothing its work."""
-        if all(value == values[0] for value in values):
+        if len(set(values)) == 1:
             return values[0]
         return self._tensor(values, dtype)
 

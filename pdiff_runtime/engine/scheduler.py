@@ -51,15 +51,20 @@ class Scheduler:
         """What the next forward does; starts and stops requests as pages and rows demand."""
         self._admit()
         batch = _Batch(self.config.max_batch_tokens)
-        for request in [r for r in self.running if r.writes_next and r.has_predicted]:
-            if request.is_running:
-                self._take_context(request, batch)
+        writing: list[Request] = []
+        others: list[Request] = []
         for request in self.running:
-            if request.computed == request.context_end:
+            is_writing = request.writes_next and request.has_predicted
+            (writing if is_writing else others).append(request)
+        for request in writing:
+            if request.is_running:  # not preempted by one of those before it
+                self._take_context(request, batch)
+        for request in others:
+            if request.is_running and request.computed == request.context_end:
                 for spans in request.span_groups():
                     if spans[0].is_started and batch.has_room(_num_rows(spans)):
                         batch.add_spans(request, spans)
-        for request in list(self.running):
+        for request in others:
             if request.is_running and request not in batch.works:
                 self._take_context(request, batch)
             if request.is_running and batch.context_end(request) == request.context_end:

@@ -7,7 +7,7 @@ The decoder knows nothing of requests, pages or documents: a batch is a flat lis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer_idx, q, k, v) -> out``: q, out ``[rows, num_heads_q, head_dim]``; k, v
 ``[rows, num_heads_kv, head_dim]``, before rotary. It applies the rotary embedding itself."""
 
-Project = Callable[[nn.Linear, Tensor], Tensor]
-"""``project(linear, x) -> linear(x)``: ``[rows, in_features]`` -> ``[rows, out_features]``."""
+Project = Callable[[Sequence[nn.Linear], Tensor], Sequence[Tensor]]
+"""``project([linear, ...], x)``: what each linear layer makes of ``[rows, in_features]``; results
+may be parts of one tensor, their rows any stride apart."""
 
 
-def project_at_once(linear: nn.Linear, x: Tensor) -> Tensor:
-    """All rows in one product: the library picks its kernel by their number."""
-    return linear(x)
+def project_at_once(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """All rows in one product per layer: the library picks its kernel by their number."""
+    return [linear(x) for linear in linears]
 
 
 class RMSNorm(nn.Module):
@@ -57,10 +58,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attend: Attend, project: Project) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
         q, k, v = (
-            project(linear, x).unflatten(-1, (-1, self.head_dim))
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim))
+            for y in project((self.q_proj, self.k_proj, self.v_proj), x)
         )
-        return project(self.o_proj, attend(self.layer_idx, q, k, v).flatten(-2))
+        return project((self.o_proj,), attend(self.layer_idx, q, k, v).flatten(-2))[0]
 
 
 class MLP(nn.Module):
@@ -74,8 +75,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, project: Project) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
-        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
-        return project(self.down_proj, ops.swiglu(gate, up))
+        gate, up = project((self.gate_proj, self.up_proj), x)
+        return project((self.down_proj,), ops.swiglu(gate, up))[0]
 
 
 class DecoderLayer(nn.Module):
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor, project: Project = project_at_once) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, vocab_size]``; row p predicts position p + 1."""
-        return project(self.lm_head, hidden)
+        return project((self.lm_head,), hidden)[0]
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -1,39 +1,59 @@
 """Matrix products on CPUs over weights that were rearranged once, not in every call.
 
 oneDNN brings bfloat16 weights into the order its tiles want before it multiplies. For a few hundred
-rows that is a fifth of a product's time, for few rows half of it.
+rows that is a fifth of a product's time, for few rows half of it. Layers with the same input become
+one product.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pdiff_runtime.models.decoder import project_at_once
+
 _MAX_ROWS = 512  # a hint for the order; any number of rows is fine
+_NO_VERSION = -1
 
 
 @dataclasses.dataclass
 class _Packed:
-    weight: Tensor
-    version: int
+    """Layers side by side.
+
+    Attributes:
+        sources: Where each layer keeps its weight, the weight, and its version then.
+    """
+
+    sources: list[tuple[dict[str, Any], Tensor, int]]
     packed: Tensor
+    bias: Tensor | None
+    out_features: list[int]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the layers still have the weights it was made of."""
+        for parameters, weight, version in self.sources:
+            if parameters["weight"] is not weight:
+                return False
+            if version != _NO_VERSION and weight._version != version:
+                return False
+        return True
 
 
 class PackedWeights:
-    """A :data:`~pdiff_runtime.models.decoder.Project` that keeps a rearranged copy of each weight.
+    """A :data:`~pdiff_runtime.models.decoder.Project` that keeps a rearranged copy of the weights.
 
     Layers it can not help (another device or dtype, a wrapped layer) run as they are. Weights may
     change in place or be replaced: the copy is made anew then. Only tensors made in inference mode
     do not tell when they change.
-
-    Attributes:
-        nbytes: Of the copies.
     """
 
     def __init__(self) -> None:
-        self._packed: dict[nn.Linear, _Packed] = {}
+        self._packed: dict[tuple[nn.Linear, ...], _Packed] = {}
 
     @staticmethod
     def is_available() -> bool:
@@ -42,23 +62,36 @@ class PackedWeights:
             torch.ops.mkldnn, "_linear_pointwise"
         )
 
-    def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """``[rows, in_features]`` -> ``[rows, out_features]``."""
-        if type(linear) is not nn.Linear or x.dtype is not torch.bfloat16 or x.device.type != "cpu":
-            return linear(x)
-        weight = linear.weight
-        kept, version = self._packed.get(linear), _version(weight)
-        if kept is None or kept.weight is not weight or kept.version != version:
-            if weight.dtype is not torch.bfloat16:
-                return linear(x)
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _MAX_ROWS)
-            kept = self._packed[linear] = _Packed(weight, version, packed)
-        return torch.ops.mkldnn._linear_pointwise(x, kept.packed, linear.bias, "none", [], "")
-
-    @property
-    def nbytes(self) -> int:
-        return sum(kept.weight.nbytes for kept in self._packed.values())
+    def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
+        """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
+        if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
+            return project_at_once(linears, x)
+        key = tuple(linears)
+        kept = self._packed.get(key)
+        if kept is None or not kept.is_current:
+            if not all(map(_can_be_packed, key)):
+                return project_at_once(linears, x)
+            kept = self._packed[key] = _pack(key)
+        out = torch.ops.mkldnn._linear_pointwise(x, kept.packed, kept.bias, "none", [], "")
+        return (out,) if len(key) == 1 else torch.split_with_sizes(out, kept.out_features, 1)
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _can_be_packed(linear: nn.Linear) -> bool:
+    return type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16
+
+
+def _pack(linears: Sequence[nn.Linear]) -> _Packed:
+    weights = [linear.weight for linear in linears]
+    side_by_side = torch.cat([weight.detach() for weight in weights])
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        bias = torch.cat(
+            [w.new_zeros(len(w)) if lin.bias is None else lin.bias.detach()
+             for lin, w in zip(linears, weights, strict=True)]
+        )  # fmt: skip
+    packed = torch.ops.mkldnn._reorder_linear_weight(side_by_side, _MAX_ROWS)
+    sources = [
+        (lin._parameters, w, _NO_VERSION if w.is_inference() else w._version)
+        for lin, w in zip(linears, weights, strict=True)
+    ]
+    return _Packed(sources, packed, bias, [len(weight) for weight in weights])

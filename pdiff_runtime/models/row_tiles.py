@@ -7,6 +7,8 @@ zeros; sizes are used together only where they were seen to give equal bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,11 @@ SIZES = (16, 64, 256)
 class RowTiles:
     """A :data:`~pdiff_runtime.models.decoder.Project` that is invariant to the batch.
 
+    Which sizes agree is tried once for every shape of layers. The number of threads is part of what
+    the library decides by: it must stay what it was.
+
     Args:
         project: Runs each tile.
-
-    Which sizes agree is tried once for every shape of layer. The number of threads is part of what
-    the library decides by: it must stay what it was.
 
     Raises:
         RuntimeError: On use, where the position of a row within a tile changes its bits, so that
@@ -34,54 +36,66 @@ class RowTiles:
         self._project = project
         self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
 
-    def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """``[rows, in_features]`` -> ``[rows, out_features]``."""
-        sizes = self.sizes(linear)
-        num_rows = x.shape[0]
-        if num_rows in sizes:
-            return self._project(linear, x)
-        out = x.new_empty(num_rows, linear.out_features)
+    def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
+        """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
+        sizes = self.sizes(linears)
+        if x.shape[0] in sizes:
+            return self._project(linears, x)
+        outs = [x.new_empty(x.shape[0], linear.out_features) for linear in linears]
         lo = 0
-        for idx, size in enumerate(sizes):  # the largest first
-            while num_rows - lo >= size:
-                out[lo : lo + size] = self._project(linear, x[lo : lo + size])
-                lo += size
-            rest = num_rows - lo
-            # More than half a tile is cheaper padded than in smaller ones.
-            if rest > size // 2 or (rest and idx == len(sizes) - 1):
-                tile = x.new_zeros(size, x.shape[1])
-                tile[:rest] = x[lo:]
-                out[lo:] = self._project(linear, tile)[:rest]
-                break
-        return out
+        for size in _tiles(x.shape[0], sizes):
+            tile, hi = x[lo : lo + size], min(lo + size, x.shape[0])
+            if len(tile) < size:
+                tile = torch.cat([tile, tile.new_zeros(size - len(tile), tile.shape[1])])
+            for out, part in zip(outs, self._project(linears, tile), strict=True):
+                out[lo:hi] = part[: hi - lo]
+            lo = hi
+        return outs
 
-    def sizes(self, linear: nn.Linear) -> tuple[int, ...]:
-        """The tile sizes for layers of this shape, the largest first."""
-        weight = linear.weight
-        key = (weight.shape, weight.dtype, weight.device, linear.bias is None)
+    def sizes(self, linears: Sequence[nn.Linear]) -> tuple[int, ...]:
+        """The tile sizes for layers of these shapes, the largest first."""
+        key = tuple(
+            (lin.weight.shape, lin.weight.dtype, lin.weight.device, lin.bias is None)
+            for lin in linears
+        )
         if key not in self._sizes:
-            self._sizes[key] = agreeing_sizes(linear, self._project)
+            self._sizes[key] = agreeing_sizes(linears, self._project)
         return self._sizes[key]
 
 
-def agreeing_sizes(linear: nn.Linear, project: Project = project_at_once) -> tuple[int, ...]:
+def _tiles(num_rows: int, sizes: Sequence[int]) -> list[int]:
+    """Sizes of the tiles that hold the rows; only the last one may be larger than what is left."""
+    tiles = []
+    for idx, size in enumerate(sizes):  # the largest first
+        count, num_rows = divmod(num_rows, size)
+        tiles += [size] * count
+        # More than half a tile is cheaper padded than in smaller ones.
+        if num_rows > size // 2 or (num_rows and idx == len(sizes) - 1):
+            return [*tiles, size]
+    return tiles
+
+
+def agreeing_sizes(
+    linears: Sequence[nn.Linear], project: Project = project_at_once
+) -> tuple[int, ...]:
     """Sizes of :data:`SIZES` whose tiles give a row the same bits, the largest first.
 
     The order of a sum does not depend on its numbers, so random ones show it. Of the groups that
     agree, the one with the smallest size wins among those with large ones.
     """
-    weight = linear.weight
+    weight = linears[0].weight
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(
         max(SIZES), weight.shape[1], generator=generator, device=weight.device, dtype=torch.float32
     ).to(weight.dtype)
+
+    def all_rows(x: Tensor, size: int) -> Tensor:
+        return torch.cat([torch.cat(list(project(linears, tile)), 1) for tile in x.split(size)])
+
     groups: list[tuple[Tensor, list[int]]] = []
     for size in SIZES:
-        rows = torch.cat([project(linear, tile) for tile in x.split(size)])
-        shifted = torch.cat([project(linear, tile) for tile in x.roll(1, 0).split(size)]).roll(
-            -1, 0
-        )
-        if not torch.equal(rows, shifted):
+        rows = all_rows(x, size)
+        if not torch.equal(rows, all_rows(x.roll(1, 0), size).roll(-1, 0)):
             continue
         for seen, group in groups:
             if torch.equal(rows, seen):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -381,6 +382,90 @@ def kernels(
     else:
         for picture in pictures:
             click.echo(picture)
+
+
+load_options = (
+    click.option("--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled."),
+    click.option(
+        "--prompt",
+        "prompts",
+        multiple=True,
+        metavar="TEXT",
+        help="A prompt, as often as wanted; default: held-out ones of the bundled model.",
+    ),
+    click.option("--mode", default="planned", metavar="MODE", help="planned, ar or diffusion."),
+    click.option("--max-tokens", type=int, default=200, metavar="N", help="Of an answer."),
+    click.option("--invariant", is_flag=True, help="With EngineConfig(batch_invariant=True)."),
+    click.option("--json", "is_json", is_flag=True, help="One JSON object per line."),
+    threads_option,
+)
+
+
+def _with_load_options(function: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(load_options):
+        function = option(function)
+    return function
+
+
+@bench.command()
+@_with_load_options
+@click.option("--runs", type=int, default=10, metavar="N", help="Answers to time; default: 10.")
+def latency(runs: int, **load: Any) -> None:
+    """Time answers one at a time: to the plan, to the first full span, to the end."""
+    _bench_load([1] * runs, **load)
+
+
+@bench.command()
+@_with_load_options
+@click.option(
+    "--requests",
+    default="1,4,16,64",
+    metavar="N,N,...",
+    help="How many are submitted at once; default: 1,4,16,64.",
+)
+def throughput(requests: str, **load: Any) -> None:
+    """Time answers to many prompts at once: requests and tokens in a second, steps, overhead."""
+    try:
+        sizes = [int(size) for size in requests.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--requests: expected numbers like 1,4,16, got {requests!r}")
+    _bench_load(sizes, **load)
+
+
+def _bench_load(
+    sizes: list[int],
+    *,
+    model: str | None,
+    prompts: tuple[str, ...],
+    mode: str,
+    max_tokens: int,
+    invariant: bool,
+    is_json: bool,
+    threads: int | None,
+) -> None:
+    from pdiff_runtime import LLM, EngineConfig
+    from pdiff_runtime.bench import engine as runs
+    from pdiff_runtime.bench.measure import machine
+    from pdiff_runtime.models import BUNDLED_MODEL
+
+    _set_threads(threads)
+    llm = LLM(model, config=EngineConfig(batch_invariant=invariant))
+    if not prompts:
+        lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
+        prompts = tuple(json.loads(line)["prompt"] for line in lines)
+    params = dataclasses.replace(llm.default_params, mode=mode, max_tokens=max_tokens)
+    prompt_ids = [llm.encode(prompt) for prompt in prompts]
+    runs.serve(llm, prompt_ids[:1], [params])  # warm
+    if not is_json:
+        click.echo(machine())
+        click.echo(runs.heading())
+    for idx, size in enumerate(sizes):
+        some = [prompt_ids[(idx + i) % len(prompt_ids)] for i in range(size)]
+        llm.engine.allocator.clear_cache()
+        record = runs.serve(llm, some, [params] * size).record()
+        click.echo(json.dumps(record) if is_json else runs.line(record))
 
 
 # --- data ----------------------------------------------------------------------------------------
