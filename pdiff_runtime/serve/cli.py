@@ -455,7 +455,8 @@ def _bench_load(
     if not prompts:
         lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
         prompts = tuple(json.loads(line)["prompt"] for line in lines)
-    params = dataclasses.replace(llm.default_params, mode=mode, max_tokens=max_tokens)
+    fields: dict[str, Any] = {"mode": mode, "max_tokens": max_tokens}
+    params = dataclasses.replace(llm.default_params, **fields)
     prompt_ids = [llm.encode(prompt) for prompt in prompts]
     runs.serve(llm, prompt_ids[:1], [params])  # warm
     if not is_json:

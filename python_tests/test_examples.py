@@ -1,0 +1,71 @@
+"""The examples of docs/examples run as they say."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SERVER = Path(__file__).resolve().parents[1] / "docs" / "examples" / "asyncio_server.py"
+
+pytestmark = pytest.mark.skipif(not SERVER.exists(), reason="needs the source tree")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER), "0"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("listening on ")
+    yield process, int(line.split()[-1])
+    process.kill()
+
+
+def lines_of(port: int, *requests: str) -> list[dict]:
+    """Send requests, and read lines until each has ended."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall("".join(request + "\n" for request in requests).encode())
+        lines, num_ended = [], 0
+        with client.makefile() as stream:
+            while num_ended < len(requests):
+                lines.append(json.loads(stream.readline()))
+                num_ended += "done" in lines[-1] or "error" in lines[-1]
+        return lines
+
+
+def test_the_server_streams_an_answer(server):
+    lines = lines_of(server[1], json.dumps({"prompt": "Tell me about Peru: capital, exports."}))
+    assert lines[0] == {"plan": ["capital", "exports"]}
+    assert lines[-1] == {"done": "stop"}
+    assert "Lima" in "".join(line.get("text", "") for line in lines)
+
+
+def test_the_server_survives_bad_requests(server):
+    lines = lines_of(
+        server[1], "{", "[]", "{}", '{"prompt": ""}', '{"prompt": "x", "params": {"top_p": 7}}',
+        '{"prompt": "x", "params": {"nonsense": 1}}', '{"prompt": "x", "timeout_s": -1}',
+        '{"prompt": "What is the currency of Japan?"}',
+    )  # fmt: skip
+    assert ["error" in line for line in lines[:7]] == [True] * 7
+    assert lines[-1] == {"done": "stop"}
+
+
+def test_hanging_up_is_no_trouble_and_sigterm_ends_it(server):
+    process, port = server
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            client.sendall(b'{"prompt": "Tell me about Chad: capital, climate."}\n')
+    assert lines_of(port, '{"prompt": "What is the currency of Japan?"}')[-1] == {"done": "stop"}
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait(30) == 0
+    assert time.monotonic() - started < 15
