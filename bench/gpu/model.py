@@ -21,7 +21,7 @@ from torch import Tensor
 from pdiff_runtime import LLM, Decoder, EngineConfig, GenerationParams, ops
 from pdiff_runtime.bench.models import TAGS, WORDS, planning_model, random_prompt
 from pdiff_runtime.cache import KVCache
-from pdiff_runtime.engine.runner import PagedAttention
+from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.models import ModelConfig
 from pdiff_runtime.plan import SpanLayout
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
 import torch
 
 from pdiff_runtime.cache import KVCache, PageAllocator
+from pdiff_runtime.engine.denoise_loop import DenoiseLoop, Launched, OpenSpan
 from pdiff_runtime.engine.errors import (
     BadLogitsError,
     DuplicateRequestError,
@@ -94,6 +96,10 @@ class Engine:
             split_keys=not config.batch_invariant,
         )  # fmt: skip
         self.scheduler = Scheduler(config, self.allocator)
+        self._loop: DenoiseLoop | None = None
+        if weight.is_cuda if config.run_ahead is None else config.run_ahead:
+            self._loop = DenoiseLoop(self.runner, tags.mask)
+        self._ahead: _Ahead | None = None
         self.num_steps = 0
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
@@ -220,15 +226,18 @@ class Engine:
         now = time.perf_counter()
         for request in [r for r in self._requests.values() if r.is_done or r.is_late(now)]:
             self._end(request, events, "deadline")
-        works = self.scheduler.schedule()
-        if not works:
+        if self._ahead is not None:
+            results = [r for r in self._ahead_results() if _is_news(r[0])]
+        elif works := self.scheduler.schedule():
+            results = self._forward(works)
+        else:
             return events
         self.num_steps += 1
-        for work, predicted in self._forward(works):
+        for work, predicted in results:
             self._advance(work, predicted, events)
             work.request.clock()
-        for work in works:
-            if work.request.is_done:
+        for work, _ in results:
+            if work.request.request_id in self._requests and work.request.is_done:
                 self._end(work.request, events)
         return events
 
@@ -251,9 +260,36 @@ class Engine:
 
     # --- one step ---
 
+    def _ahead_results(self) -> list[tuple[Work, Predicted]]:
+        """Results of the step under way; before they are read, the next one is launched if it may.
+
+        It may if the scheduler could only choose the same rows again.
+        """
+        assert self._ahead is not None
+        assert self._loop is not None
+        ahead, self._ahead = self._ahead, None
+        works, scheduler = ahead.works, self.scheduler
+        is_same = (
+            not scheduler.waiting
+            and scheduler.running == [work.request for work in works]
+            and all(len(w.spans) == sum(map(len, w.request.span_groups())) for w in works)
+        )
+        if is_same and self._loop.may_run_ahead(ahead.spans):
+            spans = [span.after_step() for span in ahead.spans]
+            try:
+                self._ahead = _Ahead(works, spans, self._loop.launch(spans))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+        return list(zip(works, ahead.launched.result(len(works)), strict=True))
+
     def _forward(self, works: list[Work]) -> list[tuple[Work, Predicted]]:
         """Run the forward; where memory is short in halves, where it still is without the worst."""
         try:
+            if self._loop is not None and self._loop.takes(works):
+                spans = self._loop.start(works)
+                self._ahead = _Ahead(works, spans, self._loop.launch(spans))
+                return self._ahead_results()
             return list(zip(works, self.runner.run(works), strict=True))
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
@@ -392,6 +428,20 @@ class Engine:
                     f"{name}: expected ids from 0 to {vocab_size - 1}, "
                     f"got {token_id} at position {position}"
                 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ahead:
+    """A denoising step under way, and what was known of its spans when it was launched."""
+
+    works: list[Work]
+    spans: list[OpenSpan]
+    launched: Launched
+
+
+def _is_news(work: Work) -> bool:
+    """Whether a step that was launched ahead still matters: it may have had nothing left to do."""
+    return not work.request.is_done and any(span.masked for span in work.spans)
 
 
 def _project(config: EngineConfig) -> Project:

@@ -44,6 +44,8 @@ class EngineConfig:
             into chunks, and after preemption. Matrix products then run in tiles of fixed sizes.
         pack_weights: On a CPU, keep a copy of bfloat16 weights in the order that products want:
             quicker, and twice the memory of the weights.
+        run_ahead: Launch a denoising step before the last one's results are read, where it is
+            known that its rows are the same; events come one step later. None: on a GPU.
     """
 
     max_requests: int = 64
@@ -58,11 +60,14 @@ class EngineConfig:
     draft_plan: bool = True
     batch_invariant: bool = False
     pack_weights: bool = True
+    run_ahead: bool | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "bool":
+            if field.type == "bool | None":
+                _expect(value is None or isinstance(value, bool), field.name, "a bool", value)
+            elif field.type == "bool":
                 _expect(isinstance(value, bool), field.name, "a bool", value)
             else:
                 _expect_int(field.name, value, 1, (1 << 31) - 1)

@@ -398,11 +398,11 @@ class Request:
         known = [*self.token_ids, *self._drafts] if self._drafts else self.token_ids
         return list(itertools.chain.from_iterable(known[lo:hi] for lo, hi, _, _ in rows.runs))
 
-    def quota(self, span: Span) -> int:
-        """How many of the span's masked positions the next step writes at most."""
+    def quota(self, num_masked: int, step_idx: int) -> int:
+        """How many positions a step writes at most in a span with ``num_masked`` masks left."""
         if not RULES[self.params.unmask].has_quota:
-            return len(span.masked)
-        return num_unmask(len(span.masked), span.step_idx, self.open_round.num_steps)
+            return num_masked
+        return num_unmask(num_masked, step_idx, self.open_round.num_steps)
 
     def _causal(self, lo: int, hi: int) -> Run:
         return lo, hi, "causal", ((0, hi),)

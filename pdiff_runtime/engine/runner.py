@@ -15,6 +15,7 @@ from torch import Tensor
 from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
 from pdiff_runtime.denoise import RULES
+from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.engine.request import Request, Rows, Span, Work, Write
 from pdiff_runtime.models.decoder import Decoder, Project
 from pdiff_runtime.plan import SpanLayout
@@ -37,25 +38,6 @@ class Predicted:
     logprobs: list[float | None] = dataclasses.field(default_factory=list)
     writes: list[Write] = dataclasses.field(default_factory=list)
     is_nan: bool = False
-
-
-class PagedAttention:
-    """Writes the rows' keys and values into their pages, then attends to the pages."""
-
-    def __init__(
-        self, plan: ops.AttentionPlan, cache: KVCache, model: Decoder, positions: Tensor,
-        slots: Tensor,
-    ) -> None:  # fmt: skip
-        self.plan, self.cache, self.model = plan, cache, model
-        self.positions, self.slots = positions, slots
-
-    def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :data:`pdiff_runtime.models.decoder.Attend`."""
-        k_cache, v_cache = self.cache.layer(layer_idx)
-        ops.rope_kv_write_(
-            q, k, v, self.model.cos, self.model.sin, self.positions, self.slots, k_cache, v_cache
-        )
-        return ops.hybrid_attention(q, k_cache, v_cache, self.plan)
 
 
 class Runner:
@@ -103,8 +85,9 @@ class Runner:
             for work, of_work in zip(works, rows, strict=True)
             for token_id in work.request.row_tokens(of_work)
         ]
+        attend = self.attend(works, rows, split_keys=self.split_keys)
         with self._phase("forward"):
-            hidden = self.model(self._tensor(token_ids), self._attend(works, rows), self.project)
+            hidden = self.model(self._tensor(token_ids), attend, self.project)
         predicted = [Predicted() for _ in works]
         first_row = list(itertools.accumulate((r.num_rows for r in rows), initial=0))
 
@@ -130,9 +113,11 @@ class Runner:
                     self._denoise(hidden, part, rule)
         return predicted
 
-    def _attend(self, works: Sequence[Work], rows: list[Rows]) -> PagedAttention:
+    def attend(
+        self, works: Sequence[Work], rows: list[Rows], *, split_keys: bool
+    ) -> PagedAttention:
         """The attention of this forward; kept while no request changes its rows."""
-        if self._prepared is not None:
+        if self._prepared is not None and split_keys == self.split_keys:
             kept, attend = self._prepared
             if len(kept) == len(rows) and all(a is b for a, b in zip(kept, rows, strict=True)):
                 return attend
@@ -145,7 +130,7 @@ class Runner:
         plan = ops.AttentionPlan.pack(
             layouts, num_heads_q=config.num_heads_q, num_heads_kv=config.num_heads_kv,
             head_dim=config.head_dim, device=self.device, page_table=torch.from_numpy(page_table),
-            page_size=self.cache.page_size, split_keys=self.split_keys,
+            page_size=self.cache.page_size, split_keys=split_keys,
         )  # fmt: skip
         positions, slots = np.empty((2, plan.total_q), np.int64)
         row = 0
@@ -156,7 +141,8 @@ class Runner:
         attend = PagedAttention(
             plan, self.cache, self.model, self._tensor(positions), self._tensor(slots)
         )
-        self._prepared = rows, attend
+        if split_keys == self.split_keys:
+            self._prepared = rows, attend
         return attend
 
     def _write_next(self, hidden: Tensor, rows: Sequence[_NextRow]) -> None:
@@ -218,7 +204,9 @@ class Runner:
             logits,
             self._count(len(rows)),
             self._tensor(cu_rows, torch.int32),
-            self._tensor([s.request.quota(s.span) for s in spans], torch.int32),
+            self._tensor(
+                [s.request.quota(len(s.span.masked), s.span.step_idx) for s in spans], torch.int32
+            ),
             rule=RULES[rule].kernel_rule,
             threshold=self._tensor([r.params.threshold or 0.0 for r in requests], torch.float32),
             alg_temp=self._setting([r.params.alg_temp for r in requests], torch.float32),

@@ -1,0 +1,326 @@
+"""Denoising steps that follow one another without the host in between.
+
+While a batch is open spans only, and none of them can become full in the step under way, the next
+step is the same rows again, and their tokens are where the last step wrote them, on the device. So
+it can be launched before the last one's results are read, and on a GPU replayed as a captured
+graph. Which positions still hold the mask is found on the device too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdiff_runtime import ops
+from pdiff_runtime.denoise import RULES
+from pdiff_runtime.engine.paged_attention import PagedAttention
+from pdiff_runtime.engine.request import Request, Span, Work, Write
+from pdiff_runtime.engine.runner import Predicted, Runner
+
+_ROW_BUCKET, _SPAN_BUCKET, _WORD_BUCKET = 64, 8, 4096
+_WARM_UP = 2  # steps of a shape before it is captured
+_MAX_SHAPES = 32  # the least recently used one goes
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSpan:
+    """A span as it is known ahead of a step.
+
+    Attributes:
+        row: Batch row of its ``<async>``.
+        num_masked: Masks left; without a quota an upper bound.
+        step_idx: Of the step.
+    """
+
+    work_idx: int
+    request: Request
+    span: Span
+    row: int
+    num_masked: int
+    step_idx: int
+
+    @property
+    def quota(self) -> int:
+        """How many positions the step writes at most."""
+        return self.request.quota(self.num_masked, self.step_idx)
+
+    @property
+    def becomes_full(self) -> bool:
+        """Whether the step is known to write the last masks."""
+        return self.num_masked > 0 and self._has_quota and self.quota == self.num_masked
+
+    def after_step(self) -> OpenSpan:
+        """What is known of it once the step has run."""
+        written = self.quota if self._has_quota else 0
+        return dataclasses.replace(
+            self, num_masked=self.num_masked - written, step_idx=self.step_idx + 1
+        )
+
+    @property
+    def _has_quota(self) -> bool:
+        return RULES[self.request.params.unmask].has_quota
+
+
+class DenoiseLoop:
+    """Launches the steps of batches of open spans.
+
+    Args:
+        runner: Its model, cache and settings.
+        mask_id: The mask token.
+    """
+
+    def __init__(self, runner: Runner, mask_id: int) -> None:
+        self.runner, self.mask_id = runner, mask_id
+        self.is_cuda = runner.device.type == "cuda"
+        self._steps: dict[_Shape, _Step] = {}
+        self._step: _Step | None = None
+        self._row_place: list[tuple[int, int]] = []
+        # Captured steps run one after another and keep nothing, so they can share their memory.
+        self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
+
+    def takes(self, works: Sequence[Work]) -> bool:
+        """Whether a batch is open spans only, under one rule, and nobody else needs its logits."""
+        return (
+            len({work.request.params.unmask for work in works}) == 1
+            and all(w.spans and not w.context and not w.request.params.logprobs for w in works)
+            and sum(work.num_rows for work in works) <= self.runner.max_logits_rows
+        )
+
+    @staticmethod
+    def may_run_ahead(spans: Sequence[OpenSpan]) -> bool:
+        """Whether the step after the one that is under way is over the same rows."""
+        return not any(
+            span.becomes_full or (span.request.is_pinned and not span._has_quota) for span in spans
+        )
+
+    def start(self, works: list[Work]) -> list[OpenSpan]:
+        """Bring a batch to the device; its spans, for :meth:`launch`."""
+        rows = [work.request.rows(work) for work in works]
+        attend = self.runner.attend(works, rows, split_keys=False)
+        spans, self._row_place = [], []
+        for work_idx, (work, of_work) in enumerate(zip(works, rows, strict=True)):
+            for span in work.spans:
+                spans.append(
+                    OpenSpan(
+                        work_idx, work.request, span, len(self._row_place), len(span.masked),
+                        span.step_idx,
+                    )
+                )  # fmt: skip
+                self._row_place += [(work_idx, position) for position in range(span.lo, span.hi)]
+            assert of_work.num_rows == sum(span.hi - span.lo for span in work.spans)
+        self._step = self._step_of(self._shape(attend, spans))
+        token_ids = [t for w, r in zip(works, rows, strict=True) for t in w.request.row_tokens(r)]
+        self._step.load(token_ids, attend, spans)
+        return spans
+
+    def launch(self, spans: Sequence[OpenSpan]) -> Launched:
+        """Start the batch's next step; nothing waits for it."""
+        assert self._step is not None
+        return Launched(self._step.launch(spans), self._row_place)
+
+    def _step_of(self, shape: _Shape) -> _Step:
+        step = self._steps.pop(shape, None) or _Step(shape, self.runner, self.mask_id, self._pool)
+        if self.is_cuda:  # what was captured is worth keeping
+            self._steps[shape] = step
+            if len(self._steps) > _MAX_SHAPES:
+                del self._steps[next(iter(self._steps))]
+        return step
+
+    def _shape(self, attend: PagedAttention, spans: Sequence[OpenSpan]) -> _Shape:
+        num_rows, num_spans, num_words = len(attend.positions), len(spans), len(attend.plan.words)
+        if self.is_cuda:
+            num_rows = _round_up(num_rows, _ROW_BUCKET)
+            num_spans = _round_up(num_spans, _SPAN_BUCKET)
+            num_words = _round_up(num_words, _WORD_BUCKET)
+        params = [span.request.params for span in spans]
+        return _Shape(
+            num_rows, num_spans, num_words, params[0].unmask,
+            samples=any(p.temperature for p in params),
+            filters=any(p.top_p < 1.0 or p.top_k for p in params),
+            shuffles=any(p.alg_temp for p in params),
+        )  # fmt: skip
+
+
+class Launched:
+    """A step under way."""
+
+    def __init__(self, read: Callable[[], list[list[int]]], place: list[tuple[int, int]]) -> None:
+        self._read, self._place = read, place
+
+    def result(self, num_works: int) -> list[Predicted]:
+        """Wait for it; what it wrote, per work."""
+        predicted = [Predicted() for _ in range(num_works)]
+        for row, token_id, is_written, is_nan in zip(*self._read(), strict=True):
+            if row < len(self._place):
+                work_idx, position = self._place[row]
+                predicted[work_idx].is_nan |= bool(is_nan)
+                if is_written:
+                    predicted[work_idx].writes.append(Write(position, token_id))
+        return predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What a captured step is good for; sizes are rounded up on a GPU."""
+
+    num_rows: int
+    num_spans: int
+    num_words: int
+    unmask: str
+    samples: bool
+    filters: bool
+    shuffles: bool
+
+
+class _Step:
+    """Buffers of one shape, and the step over them: captured on a GPU, plain on a CPU."""
+
+    def __init__(self, shape: _Shape, runner: Runner, mask_id: int, pool: Any) -> None:
+        self.shape, self.runner, self.mask_id, self.pool = shape, runner, mask_id, pool
+        device, rows, spans = runner.device, shape.num_rows, shape.num_spans
+        self.is_cuda = device.type == "cuda"
+
+        def buffer(size: int, dtype: torch.dtype, value: float = 0) -> Tensor:
+            return torch.full((size,), value, dtype=dtype, device=device)
+
+        self.token_ids = buffer(rows, torch.int64)
+        self.positions = buffer(rows, torch.int64)
+        self.slots = buffer(rows, torch.int64, -1)
+        self.span_of_row = buffer(rows, torch.int64, spans)
+        self.is_content = buffer(rows, torch.bool)
+        self.seeds = buffer(rows, torch.int64)
+        self.words = buffer(shape.num_words, torch.int32)
+        self.row_ids = torch.arange(rows, device=device)
+        self.quota = buffer(spans, torch.int32)
+        self.step_idx = buffer(spans, torch.int32)
+        self.threshold = buffer(spans, torch.float32)
+        self.temperature = buffer(spans, torch.float32)
+        self.top_p = buffer(spans, torch.float32, 1.0)
+        self.top_k = buffer(spans, torch.int32)
+        self.alg_temp = buffer(spans, torch.float32)
+        self.attend: PagedAttention | None = None
+        self.graph: Any = None
+        self.result: Tensor | None = None
+        self._num_run = 0
+
+    def load(self, token_ids: list[int], attend: PagedAttention, spans: Sequence[OpenSpan]) -> None:
+        """Take a batch; rows and spans beyond it do nothing."""
+        num_rows = len(token_ids)
+        span_of_row = np.full(self.shape.num_rows, self.shape.num_spans, np.int64)
+        is_content = np.zeros(self.shape.num_rows, bool)
+        seeds = np.zeros(self.shape.num_rows, np.int64)
+        for idx, each in enumerate(spans):
+            end = each.row + each.span.hi - each.span.lo
+            span_of_row[each.row : end] = idx
+            is_content[each.row + 1 : end - 1] = True
+            seeds[each.row : end] = each.request.seed
+        self._set(self.token_ids, token_ids)
+        self._set(self.positions, attend.positions)
+        self.slots[num_rows:] = -1
+        self._set(self.slots, attend.slots)
+        self._set(self.span_of_row, span_of_row)
+        self._set(self.is_content, is_content)
+        self._set(self.seeds, seeds)
+        params = [span.request.params for span in spans]
+        self._set(self.threshold, [p.threshold or 0.0 for p in params])
+        self._set(self.temperature, [p.temperature or 0.0 for p in params])
+        self._set(self.top_p, [p.top_p for p in params])
+        self._set(self.top_k, [p.top_k or 0 for p in params])
+        self._set(self.alg_temp, [p.alg_temp for p in params])
+        self._set(self.words, attend.plan.words)
+        plan = attend.plan
+        self.attend = PagedAttention(
+            ops.AttentionPlan(
+                self.words, None, plan.num_heads_q, plan.num_heads_kv, plan.head_dim, plan.impl,
+                num_sequences=plan.num_sequences, total_q=self.shape.num_rows,
+                total_kv=plan.total_kv, num_pages=plan.num_pages, page_table=plan.page_table,
+                page_size=plan.page_size,
+            ),
+            attend.cache, attend.model, self.positions, self.slots,
+        )  # fmt: skip
+
+    def launch(self, spans: Sequence[OpenSpan]) -> Callable[[], list[list[int]]]:
+        """Run the step; the answer waits for it and reads ``[4][rows]``: see :meth:`_run`."""
+        self.quota.zero_()
+        self._set(self.quota, [span.quota for span in spans])
+        self._set(self.step_idx, [span.step_idx for span in spans])
+        if not self.is_cuda:
+            return self._run().tolist
+        self._num_run += 1
+        if self._num_run <= _WARM_UP:
+            self.result = self._run()
+        else:
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        assert self.result is not None
+        on_host = torch.empty(self.result.shape, dtype=torch.int64, pin_memory=True)
+        on_host.copy_(self.result, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[list[int]]:
+            copied.synchronize()
+            return on_host.tolist()
+
+        return read
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=self.pool):
+            self.result = self._run()
+
+    @torch.inference_mode()
+    def _run(self) -> Tensor:
+        """Forward, and write the most certain tokens of each span to ``token_ids``.
+
+        Returns:
+            ``[4, num_rows]`` int64: batch row of each scored position (``num_rows`` where there is
+            none), candidate, whether it was written, whether its logits were no numbers.
+        """
+        assert self.attend is not None
+        runner, shape = self.runner, self.shape
+        hidden = runner.model(self.token_ids, self.attend, runner.project)
+        is_masked = (self.token_ids == self.mask_id) & self.is_content
+        # The masked rows in order; the others meet in one place behind them.
+        place = torch.where(is_masked, is_masked.cumsum(0) - 1, shape.num_rows)
+        rows = self.row_ids.new_full((shape.num_rows + 1,), shape.num_rows)
+        rows.scatter_(0, place, self.row_ids)
+        rows = rows[:-1]
+        counts = self.row_ids.new_zeros(shape.num_spans + 1)
+        counts.index_add_(0, self.span_of_row, is_masked.long())
+        cu_rows = torch.zeros(shape.num_spans + 1, dtype=torch.int32, device=runner.device)
+        cu_rows[1:] = counts[:-1].cumsum(0)
+        if not self.is_cuda:
+            rows = rows[: int(cu_rows[-1])]  # free to read here
+        at = rows.clamp(max=shape.num_rows - 1)
+        logits = runner.model.logits(hidden[at - 1], runner.project)
+        stats = ops.unmask_(
+            self.token_ids, logits, rows.int(), cu_rows, self.quota,
+            rule=RULES[shape.unmask].kernel_rule,
+            threshold=self.threshold,
+            temperature=self.temperature if shape.samples else 0.0,
+            top_p=self.top_p if shape.filters else 1.0,
+            top_k=self.top_k if shape.filters else 0,
+            alg_temp=self.alg_temp if shape.shuffles else 0.0,
+            banned_ids=runner.banned_in_span,
+            seeds=self.seeds[at],
+            step_idx=self.step_idx,
+            positions=self.positions[at].int(),
+        )  # fmt: skip
+        return torch.stack([rows, stats.candidate, stats.is_written.long(), stats.is_nan.long()])
+
+    def _set(self, buffer: Tensor, values: Any) -> None:
+        """Write values to the front of a buffer; a GPU gets them without a wait."""
+        if not isinstance(values, Tensor):
+            values = torch.tensor(values, dtype=buffer.dtype, pin_memory=self.is_cuda)
+        buffer[: len(values)].copy_(values, non_blocking=True)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
