@@ -1,4 +1,4 @@
-"""Print the README's table of CPU kernels from `bench/results/cpu/kernels.json`.
+"""Print the README's tables from `kernels.json` and `engine.json` in `bench/results/cpu`.
 
 python bench/readme_table.py
 """
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "kernels.json"
+FOLDER = Path(__file__).parent / "results" / "cpu"
+RESULTS, ENGINE_RESULTS = FOLDER / "kernels.json", FOLDER / "engine.json"
 
 ROWS = (
     ("hybrid_attention", "long", "attention forward, long"),
@@ -79,5 +80,40 @@ def table_of(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engine_table_of(results: Mapping[str, Any]) -> str:
+    """The runtime's table in Markdown."""
+    lines = ["| what | ours | |", "|---|---|---|"]
+    for r in results["steps"]["records"]:
+        lines.append(
+            f"| {r['what']} | {number(r['ours_ms'])} ms "
+            f"| {number(r['ratio'])}x the published algorithm ({number(r['published_ms'])} ms) |"
+        )
+    for r in results["answers"]["records"]:
+        lines.append(
+            f"| {r['what']} | {number(r['planned_s'])} s | {number(r['ratio'])}x "
+            f"({number(r['ar_s'])} s, {number(r['ar_step_ms'])} ms a step) |"
+        )
+    for r in results["batching"]["records"]:
+        lines.append(
+            f"| {r['what']} | {number(r['together_s'])} s "
+            f"| {number(r['ratio'])}x one after another |"
+        )
+    for r in results["invariance"]["records"]:
+        cost = f"takes {number(r['ratio'])} times as long"
+        lines.append(f"| {r['what']} | {number(r['invariant_s'])} s | {cost} |")
+    lines += ["", "| load | requests | answers/s | tokens/s | to plan | to first span | to answer "
+              "| step | overhead |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in results["load"]["records"]:
+        moments = (r["ms_to_plan"], r["ms_to_span"], r["ms_to_end"], r["step_ms"])
+        cells = " | ".join("" if ms is None else f"{number(ms)} ms" for ms in moments)
+        lines.append(
+            f"| {r['what']} | {r['num_requests']} | {number(r['requests_per_s'])} "
+            f"| {number(r['tokens_per_s'])} | {cells} | {100 * r['overhead']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table_of(json.loads(RESULTS.read_text())))
+    print()
+    print(engine_table_of(json.loads(ENGINE_RESULTS.read_text())))

@@ -26,17 +26,25 @@ class PageTable:
         self._has_dropped = False
         self.num_pages = 0
 
-    def grow(self, num_tokens: int) -> None:
+    def grow(self, num_tokens: int, kept: Sequence[tuple[int, int]] | None = None) -> None:
         """Make room for positions ``0 .. num_tokens - 1``.
+
+        Args:
+            kept: Intervals of positions ``[lo, hi)``; pages that hold nothing of them are left out.
 
         Raises:
             OutOfPagesError: Too few pages are free; nothing has changed.
         """
-        missing = -(-num_tokens // self._page_size) - self.num_pages
-        if missing > 0:
-            self.adopt(self._allocator.allocate(missing))
+        start, end = self.num_pages, -(-num_tokens // self._page_size)
+        if end <= start:
+            return
+        is_kept = self._holds(kept, end)[start:] if kept is not None else np.ones(end - start, bool)
+        pages = np.full(end - start, _NO_PAGE, np.int32)
+        pages[is_kept] = self._allocator.allocate(int(is_kept.sum()))
+        self.adopt(pages)
+        self._has_dropped |= not is_kept.all()
 
-    def adopt(self, pages: Sequence[int]) -> None:
+    def adopt(self, pages: Sequence[int] | npt.NDArray[np.int32]) -> None:
         """Append pages on which the caller holds a reference, which is the table's from now on."""
         end = self.num_pages + len(pages)
         if end > len(self._pages):
@@ -76,15 +84,20 @@ class PageTable:
             start: Pages that begin before it stay.
         """
         first = -(-start // self._page_size)
-        is_kept = np.zeros(self.num_pages, bool)
-        for lo, hi in kept:
-            is_kept[lo // self._page_size : -(-hi // self._page_size)] = True
+        is_kept = self._holds(kept, self.num_pages)
         pages = self._pages[first : self.num_pages]
         dropped = ~is_kept[first:] & (pages != _NO_PAGE)
         if dropped.any():
             self._allocator.release(pages[dropped].tolist())
             pages[dropped] = _NO_PAGE
             self._has_dropped = True
+
+    def _holds(self, kept: Sequence[tuple[int, int]], num_pages: int) -> npt.NDArray[np.bool_]:
+        """Which pages hold something of the intervals."""
+        holds = np.zeros(num_pages, bool)
+        for lo, hi in kept:
+            holds[lo // self._page_size : -(-hi // self._page_size)] = True
+        return holds
 
     def held(self, start: int = 0) -> list[int]:
         """The pages from index ``start`` on that were not dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import time
 from collections.abc import Sequence
 
@@ -154,7 +155,8 @@ class Engine:
                 arrival=self._num_arrived,
                 deadline=None if timeout_s is None else now + timeout_s,
                 leader=leader if self.config.prefix_cache else None,
-                decode=self.decode if with_text or params.stop else None,
+                decode=self.decode,
+                with_text=with_text,
             )  # fmt: skip
             leader = leader or request
             self._num_arrived += 1
@@ -178,9 +180,13 @@ class Engine:
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 1 << 31:
             raise ValueError(f"priority: expected a 32-bit integer, got {priority!r}")
         if timeout_s is not None and not (
-            isinstance(timeout_s, int | float) and 0 < timeout_s < float("inf")
+            isinstance(timeout_s, int | float)
+            and not isinstance(timeout_s, bool)
+            and 0 < timeout_s < float("inf")
         ):
             raise ValueError(f"timeout_s: expected a number above 0, got {timeout_s!r}")
+        if user_rounds and params.mode != "planned":
+            raise ValueError(f"plan: expected mode='planned' with it, got {params.mode!r}")
         plan_tokens = sum(map(len, user_rounds)) - 1 if user_rounds else 0
         if plan_tokens > params.max_tokens:
             raise ValueError(
@@ -226,19 +232,21 @@ class Engine:
         now = time.perf_counter()
         for request in [r for r in self._requests.values() if r.is_done or r.is_late(now)]:
             self._end(request, events, "deadline")
-        if self._ahead is not None:
-            results = [r for r in self._ahead_results() if _is_news(r[0])]
-        elif works := self.scheduler.schedule():
-            results = self._forward(works)
-        else:
+        works = self.scheduler.schedule() if self._ahead is None else self._ahead.works
+        if not works:
             return events
         self.num_steps += 1
+        if self._ahead is None:
+            results = self._forward(works)
+        else:
+            results = [result for result in self._ahead_results() if _is_news(result[0])]
         for work, predicted in results:
             self._advance(work, predicted, events)
             work.request.clock()
-        for work, _ in results:
-            if work.request.request_id in self._requests and work.request.is_done:
-                self._end(work.request, events)
+        for work in works:
+            request = work.request
+            if request.is_done and self._requests.get(request.request_id) is request:
+                self._end(request, events)
         return events
 
     def check_integrity(self) -> None:
@@ -285,6 +293,10 @@ class Engine:
 
     def _forward(self, works: list[Work]) -> list[tuple[Work, Predicted]]:
         """Run the forward; where memory is short in halves, where it still is without the worst."""
+        for request in [work.request for work in works if work.request.is_pinned]:
+            if request.usage.num_forwards == 0:
+                # As published, the tags of an empty span are never forwarded, yet they are read.
+                self.runner.cache.clear(request.private_pages())
         try:
             if self._loop is not None and self._loop.takes(works):
                 spans = self._loop.start(works)
@@ -323,10 +335,10 @@ class Engine:
         elif predicted.token_ids:
             request.accept_tokens(predicted.token_ids, predicted.logprobs)
         self._announce(request, events)
-        if request.reader is not None and (text := request.reader.take()):
-            events.append(Text(request.request_id, text))
-        if self.config.prefix_cache and request.has_predicted and not request.is_done:
-            request.publish()
+        self._tell(request, events)
+        has_logits = bool(work.spans or predicted.token_ids)
+        if self.config.prefix_cache and has_logits and not request.is_done:
+            request.publish()  # all that was computed, these logits have read
 
     def _denoised(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
         request, writes = work.request, predicted.writes
@@ -335,6 +347,8 @@ class Engine:
         update = SpanUpdate(request.request_id, plan_round.step_idx, positions, token_ids)
         events.append(update)
         for span_idx in request.accept_denoised(work.spans, writes):
+            if span_idx >= len(plan_round.spans):
+                return  # a stop string has cancelled it
             content = request.token_ids[slice(*plan_round.spans[span_idx].content)]
             text = visible_text(content, self.tags, self.decode)
             events.append(SpanDone(request.request_id, round_idx, span_idx, text))
@@ -346,7 +360,18 @@ class Engine:
             topics = [self._words(topic.token_ids) for topic in plan_round.topics]
             bounds = [span.content for span in plan_round.spans]
             events.append(PlanReady(request.request_id, request.num_announced, topics, bounds))
+            for span_idx, (lo, hi) in enumerate(bounds):
+                if lo == hi:  # a small length_scale
+                    done = SpanDone(request.request_id, request.num_announced, span_idx, "")
+                    events.append(done)
             request.num_announced += 1
+
+    def _tell(self, request: Request, events: list[Event]) -> None:
+        """Say what has become readable."""
+        if not request.with_text or request.reader is None:
+            return
+        if text := request.reader.take(is_last=request.is_done):
+            events.append(Text(request.request_id, text))
 
     def _end(
         self, request: Request, events: list[Event], reason: FinishReason | None = None
@@ -357,8 +382,7 @@ class Engine:
             request.finish(reason)
         self.scheduler.remove([request])
         del self._requests[request.request_id]
-        if request.reader is not None and (text := request.reader.take(is_last=True)):
-            events.append(Text(request.request_id, text))
+        self._tell(request, events)
         events.append(Finished(request.request_id, self._output(request)))
 
     def _output(self, request: Request) -> RequestOutput:
@@ -419,14 +443,17 @@ class Engine:
                 raise ValueError(f"plan: round {round_idx + 1}: {error}") from error
             if not topics:
                 raise ValueError(f"plan: round {round_idx + 1}: expected a topic, got none")
+            if plan[-1] not in (self.tags.sync, self.tags.eos):
+                raise ValueError(f"plan: round {round_idx + 1}: expected sync or eos at its end")
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         vocab_size = self.model.config.vocab_size
         for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
+            is_integer = type(token_id) is int or isinstance(token_id, numbers.Integral)
+            if not (is_integer and 0 <= token_id < vocab_size):
                 raise ValueError(
                     f"{name}: expected ids from 0 to {vocab_size - 1}, "
-                    f"got {token_id} at position {position}"
+                    f"got {token_id!r} at position {position}"
                 )
 
 

@@ -8,6 +8,9 @@ from pdiff_runtime.plan import ControlTokens
 
 Decode = Callable[[Sequence[int]], str]
 
+_MAX_IN_CHARACTER = 4  # bytes, and so tokens
+_MAX_PENDING = 8  # tokens without a whole character, before some are taken for broken
+
 
 class Reader:
     """Reads tokens one after another and says what a reader sees of them.
@@ -47,11 +50,27 @@ class Reader:
             self._inside_topic = token_id == self._tags.topic_start
         elif not self._inside_topic and token_id not in self._hidden:
             self._part.append(token_id)
-            before = self._decode(self._part[self._settled : self._read])
-            after = self._decode(self._part[self._settled :])
+            before, after = self._decoded(self._read), self._decoded(len(self._part))
             if len(after) > len(before) and not after.endswith("\N{REPLACEMENT CHARACTER}"):
-                self._settled, self._read = self._read, len(self._part)
-                self._append(after[len(before) :])
+                self._settle(len(self._part), after[len(before) :])
+            elif len(self._part) - self._read > _MAX_PENDING:
+                self._settle_some(before, after)
+
+    def _decoded(self, end: int) -> str:
+        return self._decode(self._part[self._settled : end])
+
+    def _settle(self, end: int, text: str) -> None:
+        self._settled, self._read = self._read, end
+        self._append(text)
+
+    def _settle_some(self, before: str, after: str) -> None:
+        """Bytes that are no characters: take those that the next tokens can not complete."""
+        for end in range(len(self._part) - _MAX_IN_CHARACTER, self._read, -1):
+            text = self._decoded(end)
+            if text + self._decode(self._part[end:]) == after:
+                self._settle(end, text[len(before) :])
+                return
+        self._settle(len(self._part), after[len(before) :])
 
     def finish(self) -> None:
         """No further token comes."""
@@ -69,8 +88,7 @@ class Reader:
 
     def _end_part(self) -> None:
         """What was held back as half a character is text now."""
-        before = self._decode(self._part[self._settled : self._read])
-        self._append(self._decode(self._part[self._settled :])[len(before) :])
+        self._append(self._decoded(len(self._part))[len(self._decoded(self._read)) :])
         self._part, self._settled, self._read = [], 0, 0
         self._part_text = len(self.text)
 
@@ -82,11 +100,10 @@ class Reader:
         if is_first and not self.text[-1].isspace() and not piece[0].isspace():
             piece = " " + piece
         self.text += piece
-        for stop in self._stop:
-            found = self.text.find(stop, max(0, start - len(stop) + 1))
-            if found >= 0:
-                self.text = self.text[:found]
-                self.is_stopped = True
+        found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
+        if any(at >= 0 for at in found):
+            self.text = self.text[: min(at for at in found if at >= 0)]
+            self.is_stopped = True
 
 
 def _overlap(text: str, stop: str) -> int:

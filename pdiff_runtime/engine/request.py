@@ -175,6 +175,7 @@ class Request:
         priority, arrival: Requests are served in this order, the smallest first.
         deadline: Moment on the engine's clock at which it ends, finished or not.
         leader: Another request with the same prompt, whose pages this one waits for.
+        reader: Where somebody reads along: a caller, or a search for stop strings.
     """
 
     def __init__(
@@ -191,7 +192,8 @@ class Request:
         arrival: int = 0,
         deadline: float | None = None,
         leader: Request | None = None,
-        decode: Decode | None = None,
+        decode: Decode,
+        with_text: bool = False,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -201,7 +203,7 @@ class Request:
         self.priority, self.arrival, self.deadline = priority, arrival, deadline
         self.leader = leader
         self.pages = PageTable(allocator, limits.page_size)
-        self.token_ids = list(prompt_ids)
+        self.token_ids = [int(token_id) for token_id in prompt_ids]
         self.prompt_len = len(prompt_ids)
         self.computed = 0
         self.rounds: list[PlanRound] = []
@@ -214,13 +216,14 @@ class Request:
         self._since, self._phase_then = time.perf_counter(), Phase.WAITING
         self.logprobs: dict[int, float] = {}
         self.reader: Reader | None = None
-        if decode is not None:
+        self.with_text = with_text
+        if with_text or params.stop:
             self.reader = Reader(self.tags, decode, params.stop)
         self._num_read = self.prompt_len
         self._allocator = allocator
         self._chain: int | None = 0  # serial of the last page in the prefix cache; None: no more
         self._num_published = 0
-        self._user_rounds = [list(tokens) for tokens in user_rounds]
+        self._user_rounds = [list(map(int, tokens)) for tokens in user_rounds]
         self._plan_start = self.prompt_len
         self._plan_state: PlanState | None = None
         self._drafts: list[int] = []
@@ -470,11 +473,8 @@ class Request:
             return full
         if not any(span.masked for span in plan_round.spans):
             self._close_round()
-        elif full and not self._continues:
-            # Nobody reads a finished span of the last round any more.
-            open_spans = [(span.lo, span.hi) for span in plan_round.spans if span.masked]
-            if self.params.isolate_spans:
-                self.pages.drop_all_but(open_spans, plan_round.lo)
+        elif full and (kept := self._kept()) is not None:
+            self.pages.drop_all_but(kept, plan_round.lo)
         return full
 
     def _start_plan(self) -> None:
@@ -653,6 +653,25 @@ class Request:
         self.computed = 0
         self._rows = None
         self._chain, self._num_published = 0, 0
+
+    def grow(self, num_tokens: int) -> None:
+        """Take pages for the first ``num_tokens`` positions, where anybody will read them.
+
+        Raises:
+            OutOfPagesError: Too few are free; none was taken.
+        """
+        self.pages.grow(num_tokens, self._kept())
+
+    def _kept(self) -> list[tuple[int, int]] | None:
+        """Positions that are still read where not all are: finished spans of a last round are not.
+
+        Siblings do not see them, and nothing comes behind them.
+        """
+        is_last = self._is_denoising and not self._continues
+        if not (is_last and self.params.isolate_spans):
+            return None
+        plan_round = self.open_round
+        return [(0, plan_round.lo), *((s.lo, s.hi) for s in plan_round.spans if s.masked)]
 
     def adopt_prefix(self) -> None:
         """Take the pages that the prefix cache has for this request's context."""

@@ -62,7 +62,7 @@ class Scheduler:
         for request in others:
             if request.is_running and request.computed == request.context_end:
                 for spans in request.span_groups():
-                    if spans[0].is_started and batch.has_room(_num_rows(spans)):
+                    if spans[0].is_started and batch.has_room(_num_rows(spans), batch.room):
                         batch.add_spans(request, spans)
         for request in others:
             if request.is_running and request not in batch.works:
@@ -99,23 +99,23 @@ class Scheduler:
     def _take_context(self, request: Request, batch: _Batch) -> None:
         """Forward what of the context fits, and ask for a token where that completes it."""
         work = Work(request)
-        has_spans = False
         for runs in request.context_groups():
             room = batch.room - work.num_context_rows
             lo, hi, kind, _ = runs[0]
+            is_cut = False
             if kind == "causal":
-                hi = min(hi, lo + room)
-                if hi <= lo:
+                if room <= 0:
                     break
+                is_cut = hi > lo + room
+                hi = min(hi, lo + room)
                 runs = [(lo, hi, kind, ((0, hi),))]
-            elif sum(hi - lo for lo, hi, _, _ in runs) > room and (batch.has_spans or has_spans):
-                batch.is_blocked = True
+            elif not batch.makes_room(sum(hi - lo for lo, hi, _, _ in runs), work):
                 break
-            else:
-                has_spans = True
             if not self._grow(request, runs[-1][1], batch):
                 break
             work.context += runs
+            if is_cut:
+                break
         if not work.context:
             return
         if work.context[-1][1] == len(request.token_ids) and not request.span_groups():
@@ -130,9 +130,7 @@ class Scheduler:
         for spans in groups:
             if spans[0].is_started:
                 continue
-            if batch.is_blocked or not batch.has_room(_num_rows(spans)):
-                # Else spans of later requests would take the rows that these wait for.
-                batch.is_blocked = True
+            if batch.is_blocked or not batch.makes_room(_num_rows(spans), Work(request)):
                 return
             if not self._grow(request, spans[-1].hi, batch, may_preempt=is_first):
                 return
@@ -147,7 +145,7 @@ class Scheduler:
         """Pages for the first ``num_tokens`` positions, from requests served later if need be."""
         while True:
             try:
-                request.pages.grow(num_tokens)
+                request.grow(num_tokens)
             except OutOfPagesError:
                 victim = self._victim(request) if may_preempt else None
                 if victim is None:
@@ -182,14 +180,30 @@ class _Batch:
     """
 
     def __init__(self, max_rows: int) -> None:
-        self.room = max_rows
+        self.max_rows = self.room = max_rows
         self.works: dict[Request, Work] = {}
         self.is_blocked = False
         self.has_spans = False
 
-    def has_room(self, num_rows: int) -> bool:
-        """Whether spans fit; where no others run, they do however long they are."""
-        return num_rows <= self.room or not self.has_spans
+    def has_room(self, num_rows: int, room: int) -> bool:
+        """Whether spans fit; those that are longer than a batch do where there are no others."""
+        return num_rows <= room or (num_rows > self.max_rows and not self.has_spans)
+
+    def makes_room(self, num_rows: int, work: Work) -> bool:
+        """Whether spans fit behind what ``work`` has; rows of later requests give way to them.
+
+        Else spans of later requests must not start: they would take the rows that these wait for.
+        """
+        has_spans = any(kind == "full" for _, _, kind, _ in work.context)
+        for other in reversed(list(self.works.values())):
+            if self.has_room(num_rows, self.room - work.num_context_rows) or self.has_spans:
+                break
+            if other.request.order > work.request.order:
+                self.drop(other.request)
+        room = self.room - work.num_context_rows
+        fits = num_rows <= room or (self.has_room(num_rows, room) and not has_spans)
+        self.is_blocked |= not fits
+        return fits
 
     def add(self, work: Work) -> None:
         self.works[work.request] = work

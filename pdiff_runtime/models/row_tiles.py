@@ -34,33 +34,47 @@ class RowTiles:
 
     def __init__(self, project: Project = project_at_once) -> None:
         self._project = project
-        self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._tried: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._sizes: dict[tuple[nn.Linear, ...], tuple[int, ...]] = {}
 
     def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
         """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
-        sizes = self.sizes(linears)
-        if x.shape[0] in sizes:
+        num_rows, sizes = x.shape[0], self.sizes(linears)
+        if num_rows in sizes:
             return self._project(linears, x)
-        outs = [x.new_empty(x.shape[0], linear.out_features) for linear in linears]
+        tiles = _tiles(num_rows, sizes)
+        if num_rows and len(tiles) == 1:
+            return [part[:num_rows] for part in self._project(linears, _padded(x, tiles[0]))]
+        outs = [x.new_empty(num_rows, linear.out_features) for linear in linears]
         lo = 0
-        for size in _tiles(x.shape[0], sizes):
-            tile, hi = x[lo : lo + size], min(lo + size, x.shape[0])
-            if len(tile) < size:
-                tile = torch.cat([tile, tile.new_zeros(size - len(tile), tile.shape[1])])
-            for out, part in zip(outs, self._project(linears, tile), strict=True):
-                out[lo:hi] = part[: hi - lo]
-            lo = hi
+        for size in tiles:
+            tile = x[lo : lo + size]
+            for out, part in zip(outs, self._project(linears, _padded(tile, size)), strict=True):
+                out[lo : lo + size] = part[: len(tile)]
+            lo += size
         return outs
 
     def sizes(self, linears: Sequence[nn.Linear]) -> tuple[int, ...]:
         """The tile sizes for layers of these shapes, the largest first."""
-        key = tuple(
-            (lin.weight.shape, lin.weight.dtype, lin.weight.device, lin.bias is None)
-            for lin in linears
-        )
-        if key not in self._sizes:
-            self._sizes[key] = agreeing_sizes(linears, self._project)
-        return self._sizes[key]
+        layers = tuple(linears)
+        if layers not in self._sizes:
+            shapes = tuple(
+                (lin.weight.shape, lin.weight.dtype, lin.weight.device, lin.bias is None)
+                for lin in layers
+            )
+            if shapes not in self._tried:
+                self._tried[shapes] = agreeing_sizes(layers, self._project)
+            self._sizes[layers] = self._tried[shapes]
+        return self._sizes[layers]
+
+
+def _padded(tile: Tensor, size: int) -> Tensor:
+    """The tile with zeros behind it."""
+    if len(tile) == size:
+        return tile
+    padded = tile.new_zeros(size, tile.shape[1])
+    padded[: len(tile)] = tile
+    return padded
 
 
 def _tiles(num_rows: int, sizes: Sequence[int]) -> list[int]:
