@@ -242,11 +242,13 @@ def test_an_empty_span_changes_nothing_of_a_published_cache(
     """Its two tags are read like others, so they need keys and values of their own."""
     params = _params(kv_commit="published", length_scale=0.5, isolate_spans=isolate_spans)
     case = Case(PROMPT, params, user_plan(tiny_tags, *rounds))
-    outputs = []
-    for garbage in (0.0, 3.0, -9.0):
-        engine = make_engine(tiny_model, tiny_tags, prefix_cache=False, garbage=garbage)
-        outputs += answer(engine, [case])
-    assert outputs[0].token_ids == outputs[1].token_ids == outputs[2].token_ids
+    answers = []
+    for garbage, prefix_cache in itertools.product([0.0, 3.0, -9.0], [False, True]):
+        engine = make_engine(tiny_model, tiny_tags, prefix_cache=prefix_cache, garbage=garbage)
+        engine.add("x", case.prompt, case.params, case.rounds)
+        engine.check_integrity()  # nothing is computed that was not forwarded
+        answers.append(drain(engine)["x"].token_ids)
+    assert answers == [answers[0]] * 6
 
 
 # --- log-probabilities ---

@@ -185,6 +185,26 @@ def test_requests_may_come_at_any_time(tiny_model, tiny_tags, cases, alone, run_
         assert _story(outputs[str(idx)]) == _story(expected)
 
 
+@pytest.mark.parametrize("rounds", [([3], [3]), ([2, 3], [3, 1], [1, 1]), ([2], [2], [2])], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+@pytest.mark.parametrize("isolate_spans", [True, False])
+def test_a_step_launched_ahead_may_be_for_nothing(
+    tiny_model, tiny_tags, rounds, threshold, isolate_spans
+):
+    """Without a quota nobody knows that a round ends; the next one is as wide."""
+    params = _params(
+        unmask="confidence_threshold", threshold=threshold, isolate_spans=isolate_spans
+    )
+    case = Case([1] * 20, params, user_plan(tiny_tags, *rounds))
+    (expected,) = answer_alone(tiny_model, tiny_tags, [case], **INVARIANT)
+    engine = make_engine(tiny_model, tiny_tags, run_ahead=True, **INVARIANT)
+    engine.add("x", case.prompt, case.params, case.rounds)
+    for _ in range(3 * expected.usage.num_forwards):
+        for output in finished(step(engine)).values():
+            assert _story(output) == _story(expected)
+    assert not engine.has_work
+
+
 def test_drafts_take_spare_rows_only(tiny_model, tiny_tags):
     """With drafts the answers are the same, in fewer decisions where rows are spare."""
     cases = [

@@ -8,6 +8,7 @@ one product.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +34,12 @@ class _Packed:
     bias: Tensor | None
     out_features: list[int]
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the layers still have the weights it was made of."""
-        for parameters, weight, version in self.sources:
-            if parameters["weight"] is not weight:
+    def is_of(self, linears: Sequence[nn.Linear]) -> bool:
+        """Whether it was made of these layers, and of the weights they have."""
+        if len(linears) != len(self.sources):
+            return False
+        for linear, (parameters, weight, version) in zip(linears, self.sources, strict=True):
+            if linear._parameters is not parameters or parameters["weight"] is not weight:
                 return False
             if version != _NO_VERSION and weight._version != version:
                 return False
@@ -53,7 +55,8 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[nn.Linear, ...], _Packed] = {}
+        # By the first layer of a group; a copy goes with it.
+        self._packed: weakref.WeakKeyDictionary[nn.Linear, _Packed] = weakref.WeakKeyDictionary()
 
     @staticmethod
     def is_available() -> bool:
@@ -66,14 +69,13 @@ class PackedWeights:
         """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
         if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
             return project_at_once(linears, x)
-        key = tuple(linears)
-        kept = self._packed.get(key)
-        if kept is None or not kept.is_current:
-            if not all(map(_can_be_packed, key)):
+        kept = self._packed.get(linears[0])
+        if kept is None or not kept.is_of(linears):
+            if not all(map(_can_be_packed, linears)):
                 return project_at_once(linears, x)
-            kept = self._packed[key] = _pack(key)
+            kept = self._packed[linears[0]] = _pack(linears)
         out = torch.ops.mkldnn._linear_pointwise(x, kept.packed, kept.bias, "none", [], "")
-        return (out,) if len(key) == 1 else torch.split_with_sizes(out, kept.out_features, 1)
+        return (out,) if len(linears) == 1 else torch.split_with_sizes(out, kept.out_features, 1)
 
 
 def _can_be_packed(linear: nn.Linear) -> bool:

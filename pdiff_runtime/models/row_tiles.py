@@ -7,6 +7,7 @@ zeros; sizes are used together only where they were seen to give equal bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -94,17 +95,29 @@ def agreeing_sizes(
 ) -> tuple[int, ...]:
     """Sizes of :data:`SIZES` whose tiles give a row the same bits, the largest first.
 
-    The order of a sum does not depend on its numbers, so random ones show it. Of the groups that
-    agree, the one with the smallest size wins among those with large ones.
+    Layers of the same shapes try it. The order of a sum does not depend on its numbers, and theirs
+    make it show: sums of which nothing is left but the rounding errors. Of the groups that agree,
+    the one with the smallest size wins among those with large ones.
     """
     weight = linears[0].weight
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(
-        max(SIZES), weight.shape[1], generator=generator, device=weight.device, dtype=torch.float32
-    ).to(weight.dtype)
+
+    def cancelling(rows: int, sign: float) -> Tensor:
+        """Rows whose second half repeats the first, but for the sign."""
+        half = torch.randn(rows, weight.shape[1] // 2, generator=generator, device=weight.device)
+        odd = half.new_zeros(rows, weight.shape[1] % 2)
+        return torch.cat([half, sign * half, odd], 1).to(weight.dtype)
+
+    layers = [copy.deepcopy(linear) for linear in linears]
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight.copy_(cancelling(layer.out_features, -1.0))
+            if layer.bias is not None:
+                layer.bias.zero_()
+    x = cancelling(max(SIZES), 1.0)
 
     def all_rows(x: Tensor, size: int) -> Tensor:
-        return torch.cat([torch.cat(list(project(linears, tile)), 1) for tile in x.split(size)])
+        return torch.cat([torch.cat(list(project(layers, tile)), 1) for tile in x.split(size)])
 
     groups: list[tuple[Tensor, list[int]]] = []
     for size in SIZES:
