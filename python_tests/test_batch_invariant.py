@@ -249,9 +249,7 @@ def test_sizes_agree(dtype, out_features, inner):
         assert set(sizes) <= set(SIZES)
         x = _rows(256, 512, dtype)
         _cancelling(linear, x)
-        tiled = [
-            torch.cat([inner([linear], tile)[0] for tile in x.split(size)]) for size in sizes
-        ]
+        tiled = [torch.cat([inner([linear], tile)[0] for tile in x.split(size)]) for size in sizes]
         assert all(torch.equal(tiled[0], other) for other in tiled[1:]), f"seed {seed}: {sizes}"
 
 
@@ -286,7 +284,8 @@ def test_rows_that_depend_on_their_position_are_an_error():
         (lambda n: torch.arange(n)[:, None] * float(n != 256), (256,)),
     ],
 )
-def test_only_sizes_that_agree_are_used_together(blemish, sizes):
+def test_only_sizes_that_agree_are_used_together(blemish, sizes, monkeypatch):
+    monkeypatch.setattr("pdiff_runtime.models.row_tiles.SIZES", (16, 64, 256))
     linear, project = _Fake(blemish), RowTiles()
     assert project.sizes([linear]) == sizes
     x = _rows(600, 8, torch.float32)
@@ -295,8 +294,9 @@ def test_only_sizes_that_agree_are_used_together(blemish, sizes):
         assert torch.equal(project([linear], x[:num_rows])[0], expected[:num_rows])
 
 
-def test_one_of_several_layers_may_exclude_a_size():
+def test_one_of_several_layers_may_exclude_a_size(monkeypatch):
     """Layers of one input are one product to some libraries, so they go through the same tiles."""
+    monkeypatch.setattr("pdiff_runtime.models.row_tiles.SIZES", (16, 64, 256))
     plain, odd = _Fake(lambda n: 0.0), _Fake(lambda n: float(n == 64))
     assert RowTiles().sizes([plain, odd]) == (256, 16)
 

@@ -268,7 +268,9 @@ def test_short_of_memory_once_halves_the_batch(tiny_model, tiny_tags, mix, alone
     short_at = {0, 7, 20}
     runner = _ShortOfMemory(engine, error, lambda works: len(runner.batches) - 1 in short_at)
     outputs = answer(engine, mix)
-    assert [(o.token_ids, o.logprobs) for o in outputs] == [(o.token_ids, o.logprobs) for o in alone]
+    assert [(o.token_ids, o.logprobs) for o in outputs] == [
+        (o.token_ids, o.logprobs) for o in alone
+    ]
     assert [o.finish_reason for o in outputs] == [o.finish_reason for o in alone]
     first, *halves = runner.batches[:3]
     assert halves == [first[:3], first[3:]]
@@ -328,7 +330,9 @@ def _without_samples(case: Case) -> Case:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a kernel was lost"), ValueError("odd"), KeyboardInterrupt("stop")], ids=repr
+    "error",
+    [RuntimeError("a kernel was lost"), ValueError("odd"), KeyboardInterrupt("stop")],
+    ids=repr,
 )
 def test_other_errors_are_the_callers(tiny_model, tiny_tags, mix, alone, error):
     """They leave the step; whoever catches them can end all requests and go on."""
@@ -536,7 +540,9 @@ def test_what_could_never_fit_is_refused_before_it_waits(busy, prompt_len, max_t
     params = _params(max_tokens=max_tokens)
     with pytest.raises(RequestTooLongError, match=limit):
         busy.check([1] * prompt_len, params)
-    with pytest.raises(RequestTooLongError, match=f"need {prompt_len + max_tokens} tokens, .*{limit}"):
+    with pytest.raises(
+        RequestTooLongError, match=f"need {prompt_len + max_tokens} tokens, .*{limit}"
+    ):
         busy.add("x", [1] * prompt_len, params)
     assert _is_unharmed(busy)
 

@@ -8,6 +8,7 @@ zeros; sizes are used together only where they were seen to give equal bits.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from pdiff_runtime.models.decoder import Project, project_at_once
 
-SIZES = (16, 64, 256)
+SIZES = (16, 64, 128, 256, 512)
 """Rows of a tile. One row alone costs little less than 16; many rows want large tiles."""
+
+_TYPICAL = (1, 32, 256)  # rows of a next token, of some, and of open spans
 
 
 class RowTiles:
@@ -78,16 +81,22 @@ def _padded(tile: Tensor, size: int) -> Tensor:
     return padded
 
 
-def _tiles(num_rows: int, sizes: Sequence[int]) -> list[int]:
-    """Sizes of the tiles that hold the rows; only the last one may be larger than what is left."""
-    tiles = []
-    for idx, size in enumerate(sizes):  # the largest first
-        count, num_rows = divmod(num_rows, size)
-        tiles += [size] * count
-        # More than half a tile is cheaper padded than in smaller ones.
-        if num_rows > size // 2 or (num_rows and idx == len(sizes) - 1):
-            return [*tiles, size]
-    return tiles
+@functools.lru_cache(maxsize=4096)
+def _tiles(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the tiles that hold the rows, the largest first; the last one may be too large."""
+    size, *smaller = sizes
+    full, rest = divmod(num_rows, size)
+    if rest == 0:
+        return (size,) * full
+    tiles = _tiles(rest, tuple(smaller)) if smaller else None
+    if tiles is None or _cost((size,)) <= _cost(tiles):
+        tiles = (size,)
+    return (size,) * full + tiles
+
+
+def _cost(tiles: Sequence[int]) -> int:
+    """In rows: a product of few rows takes as long as one of some more."""
+    return sum(size + 64 for size in tiles)
 
 
 def agreeing_sizes(
@@ -97,7 +106,7 @@ def agreeing_sizes(
 
     Layers of the same shapes try it. The order of a sum does not depend on its numbers, and theirs
     make it show: sums of which nothing is left but the rounding errors. Of the groups that agree,
-    the one with the smallest size wins among those with large ones.
+    the one wins that costs least for a few typical numbers of rows.
     """
     weight = linears[0].weight
     generator = torch.Generator(weight.device).manual_seed(0)
@@ -135,5 +144,9 @@ def agreeing_sizes(
             f"batch_invariant: rows of a product of {list(weight.shape)} in {weight.dtype} depend "
             "on their position in a tile"
         )
-    wide = [group for _, group in groups if max(group) > SIZES[0]] or [groups[0][1]]
-    return tuple(sorted(min(wide, key=lambda group: (min(group), -max(group))), reverse=True))
+    return min((tuple(sorted(group, reverse=True)) for _, group in groups), key=_relative_cost)
+
+
+def _relative_cost(sizes: tuple[int, ...]) -> float:
+    """Of typical batches in tiles, against each in one product."""
+    return sum(_cost(_tiles(num_rows, sizes)) / _cost((num_rows,)) for num_rows in _TYPICAL)
