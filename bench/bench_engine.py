@@ -149,10 +149,10 @@ def answers(num_rounds: int) -> list[Record]:
     prompt = [random_prompt(PROMPT_LEN, 0)]
     layers = [*llm.model.model.layers.parameters(), llm.model.lm_head.weight]
     num_bytes = sum(parameter.nbytes for parameter in layers)
-    read = torch.ones(num_bytes // 4)
+    copies = itertools.cycle([torch.ones(num_bytes // 4) for _ in range(8)])  # past the caches
 
     def stream_ms() -> float:
-        before = time.perf_counter()
+        read, before = next(copies), time.perf_counter()
         read.sum()
         return 1e3 * (time.perf_counter() - before)
 
@@ -160,7 +160,7 @@ def answers(num_rounds: int) -> list[Record]:
         {
             "planned_s": lambda: runs.serve(llm, prompt, [PLANNED]).seconds,
             "ar_s": lambda: runs.serve(llm, prompt, [AR]).seconds,
-            "weights_ms": lambda: min(stream_ms() for _ in range(5)),
+            "weights_ms": lambda: statistics.median(stream_ms() for _ in range(16)),
         },
         num_rounds,
     )
@@ -225,17 +225,27 @@ def load(num_rounds: int) -> list[Record]:
         short = dataclasses.replace(AR, max_tokens=120)
         cases += [
             (f"{name}, planned", engine_of(name), random_prompts, PLANNED, sizes),
-            (f"{name}, ar, 120 tokens", engine_of(name), random_prompts, short, (1, 4, 16, 64)),
-        ]
+            # Without the token that starts a plan, which ar mode could only answer with the end.
+            (f"{name}, ar, 120 tokens", engine_of(name), [p[:-1] for p in random_prompts], short,
+             (1, 4, 16, 64)),
+        ]  # fmt: skip
     print(f"{'':22}{runs.heading()}")
     for name, of_case, some, params, sizes in cases:
         runs.serve(of_case, some[-1:], [params])
         for size in sizes:
-            of_case.engine.allocator.clear_cache()
-            record = runs.serve(of_case, some[:size], [params] * size).record()
+            record = _median_run(of_case, some[:size], [params] * size)
             records.append({"what": name, **record})
             print(f"{name:22}{runs.line(record)}", flush=True)
     return records
+
+
+def _median_run(llm: LLM, prompts: list[list[int]], params: list[GenerationParams]) -> Record:
+    """Of five runs the one with the median time; one that takes long stands for itself."""
+    served: list[runs.Served] = []
+    while len(served) < 5 and sum(each.seconds for each in served) < 5:
+        llm.engine.allocator.clear_cache()
+        served.append(runs.serve(llm, prompts, params))
+    return sorted(served, key=lambda each: each.seconds)[len(served) // 2].record()
 
 
 BENCHES = {

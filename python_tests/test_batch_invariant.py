@@ -20,7 +20,7 @@ from pdiff_runtime.models.row_tiles import SIZES, RowTiles, agreeing_sizes
 
 DTYPES = [torch.float32, torch.bfloat16]
 TEMPERATURES = [0.0, 0.7]
-NUM_MIXES = 13  # for each dtype and temperature
+NUM_MIXES = {torch.float32: 9, torch.bfloat16: 16}  # for each temperature; 50 in all
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def _model(dtype: torch.dtype, hidden_size: int = 512) -> Decoder:
 
 def _cases(temperature: float) -> list[Case]:
     def params(**fields: object) -> GenerationParams:
-        fields = {"max_tokens": 14, "seed": 5, "temperature": temperature, **fields}
+        fields = {"max_tokens": 10, "seed": 5, "temperature": temperature, **fields}
         return GenerationParams(logprobs=True, **fields)
 
     def plan(*rounds: list[int]) -> list[list[int]]:
@@ -56,9 +56,17 @@ def _cases(temperature: float) -> list[Case]:
         Case([*shared, 1], params(mode="ar", seed=8)),
         Case([*shared, 2], params()),
         Case([70] * 17, params(mode="diffusion", steps_ratio=0.5)),
-        Case([80, 90], params(max_tokens=40, steps_ratio=0.5), plan([3, 1], [2])),
-        Case(shared[:9], params(max_tokens=40, isolate_spans=False), plan([2, 2], [1])),
-        Case([101, 99, 3], params(max_tokens=36, kv_commit="published"), plan([2, 3], [2])),
+        Case([80, 90], params(max_tokens=36, steps_ratio=0.5), plan([3, 1], [2])),
+        Case(
+            shared[:9],
+            params(max_tokens=36, steps_ratio=0.5, isolate_spans=False),
+            plan([2, 2], [1]),
+        ),
+        Case(
+            [101, 99, 3],
+            params(max_tokens=36, steps_ratio=0.5, kv_commit="published"),
+            plan([2, 3], [2]),
+        ),
         Case([4] * 33, params(max_tokens=30, unmask="topk_margin", alg_temp=0.5), plan([4])),
     ]
 
@@ -85,7 +93,7 @@ def test_no_company_changes_a_bit(dtype, temperature):
     cases, expected = _cases(temperature), _alone(dtype, temperature)
     chooser = random.Random(f"{dtype} {temperature}")
     num_preemptions = num_cached = 0
-    for mix in range(NUM_MIXES):
+    for mix in range(NUM_MIXES[dtype]):
         config = {
             "max_batch_tokens": chooser.choice([7, 33, 2048]),
             "page_size": chooser.choice([4, 16]),
@@ -241,7 +249,7 @@ def test_sizes_agree(dtype, out_features, inner):
 
     Whatever the weights are: where products round to bfloat16, few of them show another order.
     """
-    for seed in range(8):
+    for seed in range(6):
         linear, project = _linear(dtype, 512, out_features, seed=seed), RowTiles(inner)
         sizes = project.sizes([linear])
         assert sizes == agreeing_sizes([linear], inner)

@@ -423,6 +423,32 @@ def test_later_requests_do_not_take_rows_that_spans_wait_for(tiny_model, tiny_ta
     assert starts["b"] <= starts["c"]
 
 
+@pytest.mark.parametrize("isolate_spans", [True, False])
+def test_started_spans_do_not_wait_for_later_requests(tiny_model, tiny_tags, isolate_spans):
+    """A stream of short requests must not keep a batch's worth of spans from going on."""
+    engine = make_engine(tiny_model, tiny_tags, max_batch_tokens=20, draft_plan=False)
+    params = _params(mode="diffusion", max_tokens=20, isolate_spans=isolate_spans)
+    engine.add("first", [1], params)
+    num_added = 0
+    while "first" in engine.request_ids and engine.num_steps < 200:
+        if len(engine.request_ids) < 3:
+            num_added += 1
+            engine.add(f"later {num_added}", [2], _params(mode="ar", max_tokens=8))
+        step(engine)
+    assert engine.num_steps < 2 * 18 + 5  # 18 tokens, one per step
+    drain(engine)
+
+
+def test_rows_are_not_given_to_spans_without_pages(tiny_model, tiny_tags):
+    """Spans that wait for the pages of a published cache do not stop its request."""
+    config = {"page_size": 4, "kv_cache_tokens": 48, "max_batch_tokens": 18, **INVARIANT}
+    wide = Case([1], _params(max_tokens=31), user_plan(tiny_tags, [1], [8]))
+    pinned = Case([2, 3], _params(mode="ar", max_tokens=30, kv_commit="published"))
+    expected = answer_alone(tiny_model, tiny_tags, [wide, pinned], **INVARIANT)
+    outputs = answer(make_engine(tiny_model, tiny_tags, **config), [wide, pinned])
+    assert list(map(_story, outputs)) == list(map(_story, expected))
+
+
 # --- who gets which pages ---
 
 

@@ -34,8 +34,9 @@ class Served:
         to_plan, to_span, to_end: Seconds from then to each request's first plan, first full span,
             and end; requests without such a moment are left out.
         step_ms: Of each step.
-        overhead: Share of the steps' time outside the model, its logits and ``unmask_``: choosing,
-            building tensors, keeping books.
+        scheduling: Share of the steps' time outside the forward: choosing, paging, keeping books.
+        overhead: That, and what a forward spends outside the model, its logits and ``unmask_``:
+            building tensors, reading results.
     """
 
     seconds: float = 0.0
@@ -44,6 +45,7 @@ class Served:
     to_span: list[float] = dataclasses.field(default_factory=list)
     to_end: list[float] = dataclasses.field(default_factory=list)
     step_ms: list[float] = dataclasses.field(default_factory=list)
+    scheduling: float = 0.0
     overhead: float = 0.0
 
     @property
@@ -65,6 +67,7 @@ class Served:
             "critical_path": statistics.mean(usage.critical_path for usage in usages),
             "num_steps": len(self.step_ms),
             "step_ms": round(statistics.median(self.step_ms), 3),
+            "scheduling": round(self.scheduling, 4),
             "overhead": round(self.overhead, 4),
         }
 
@@ -75,7 +78,7 @@ def serve(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[Generatio
     outputs: dict[str, RequestOutput] = {}
     llm.acquire()
     try:
-        with _inner_time(engine) as inner:
+        with _inner_time(engine) as (forward, inner):
             start = time.perf_counter()
             ids = [
                 engine.add(f"bench-{idx}", *each)[0]
@@ -102,7 +105,9 @@ def serve(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[Generatio
         engine.abort(engine.request_ids)
         llm.release()
     served.outputs = [outputs[request_id] for request_id in ids]
-    served.overhead = 1.0 - inner.seconds / (sum(served.step_ms) / 1e3)
+    total = sum(served.step_ms) / 1e3
+    served.scheduling = 1.0 - forward.seconds / total
+    served.overhead = 1.0 - inner.seconds / total
     return served
 
 
@@ -123,6 +128,7 @@ HEADINGS = (
     ("critical path", "critical_path", ".1f"),
     ("steps", "num_steps", "d"),
     ("step ms", "step_ms", ".2f"),
+    ("scheduling", "scheduling", ".1%"),
     ("overhead", "overhead", ".1%"),
 )
 """Columns of the tables: title, key of :meth:`Served.record`, format."""
@@ -157,15 +163,16 @@ class _Stopwatch:
 
 
 @contextlib.contextmanager
-def _inner_time(engine: Engine) -> Iterator[_Stopwatch]:
-    """Time the model, its logits and ``unmask_`` apart from all else."""
-    watch, model = _Stopwatch(), engine.runner.model
+def _inner_time(engine: Engine) -> Iterator[tuple[_Stopwatch, _Stopwatch]]:
+    """Time forwards, and in them the model, its logits and ``unmask_`` apart from all else."""
+    forward, inner, runner, model = _Stopwatch(), _Stopwatch(), engine.runner, engine.runner.model
     with (
-        unittest.mock.patch.object(model, "forward", watch.of(model.forward)),
-        unittest.mock.patch.object(model, "logits", watch.of(model.logits)),
-        unittest.mock.patch.object(ops, "unmask_", watch.of(ops.unmask_)),
+        unittest.mock.patch.object(runner, "run", forward.of(runner.run)),
+        unittest.mock.patch.object(model, "forward", inner.of(model.forward)),
+        unittest.mock.patch.object(model, "logits", inner.of(model.logits)),
+        unittest.mock.patch.object(ops, "unmask_", inner.of(ops.unmask_)),
     ):
-        yield watch
+        yield forward, inner
 
 
 def _median_ms(seconds: Sequence[float]) -> float | None:
