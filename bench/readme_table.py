@@ -101,8 +101,12 @@ def engine_table_of(results: Mapping[str, Any]) -> str:
     for r in results["invariance"]["records"]:
         cost = f"takes {number(r['ratio'])} times as long"
         lines.append(f"| {r['what']} | {number(r['invariant_s'])} s | {cost} |")
-    lines += ["", "| load | requests | answers/s | tokens/s | to plan | to first span | to answer "
-              "| step | scheduling | with tensors |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "| load | requests | answers/s | tokens/s | to plan | to first span | to answer | step "
+        "| scheduling | with tensors |",
+        "|---" * 10 + "|",
+    ]
     for r in results["load"]["records"]:
         moments = (r["ms_to_plan"], r["ms_to_span"], r["ms_to_end"], r["step_ms"])
         cells = " | ".join("" if ms is None else f"{number(ms)} ms" for ms in moments)

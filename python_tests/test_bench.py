@@ -110,6 +110,25 @@ def test_an_unknown_kernel_is_named(tmp_path):
 @pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
 def test_the_readme_has_the_measured_numbers():
     sys.path.append(str(ROOT / "bench"))
-    from readme_table import table_of
+    from readme_table import ENGINE_RESULTS, engine_table_of, table_of
 
-    assert table_of(json.loads(RESULTS.read_text())) in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert table_of(json.loads(RESULTS.read_text())) in readme
+    assert engine_table_of(json.loads(ENGINE_RESULTS.read_text())) in readme
+
+
+@pytest.mark.parametrize("arguments", [["latency", "--runs", 1], ["throughput", "--requests", 2]])
+def test_answers_are_timed(arguments):
+    arguments = ["bench", *map(str, arguments), "--json", "--max-tokens", "20"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0
+    record = json.loads(result.output)
+    assert record["num_requests"] == arguments[3:4].count("2") + 1
+    assert 0 < record["seconds"] < 60
+    assert 0 <= record["scheduling"] <= record["overhead"] < 1
+
+
+def test_a_load_is_a_list_of_numbers():
+    result = CliRunner().invoke(cli, ["bench", "throughput", "--requests", "1,none"])
+    assert result.exit_code == 2
+    assert "--requests: expected numbers like 1,4,16, got '1,none'" in result.output
