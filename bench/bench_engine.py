@@ -227,7 +227,7 @@ def load(num_rounds: int) -> list[Record]:
             (f"{name}, planned", engine_of(name), random_prompts, PLANNED, sizes),
             # Without the token that starts a plan, which ar mode could only answer with the end.
             (f"{name}, ar, 120 tokens", engine_of(name), [p[:-1] for p in random_prompts], short,
-             (1, 4, 16, 64)),
+             sizes),
         ]  # fmt: skip
     print(f"{'':22}{runs.heading()}")
     for name, of_case, some, params, sizes in cases:

@@ -44,6 +44,9 @@ SHORT = {
 }
 
 
+LOADS = ("bundled, planned", "34M, planned", "34M, ar, 120 tokens")
+
+
 def number(x: float) -> str:
     """Two or three digits: 0.17, 2.6, 12, 340."""
     return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
@@ -108,6 +111,8 @@ def engine_table_of(results: Mapping[str, Any]) -> str:
         "|---" * 10 + "|",
     ]
     for r in results["load"]["records"]:
+        if r["what"] not in LOADS:
+            continue
         moments = (r["ms_to_plan"], r["ms_to_span"], r["ms_to_end"], r["step_ms"])
         cells = " | ".join("" if ms is None else f"{number(ms)} ms" for ms in moments)
         lines.append(

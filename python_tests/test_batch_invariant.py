@@ -14,7 +14,7 @@ from torch import nn
 from pdiff_runtime import Decoder, GenerationParams
 from pdiff_runtime.engine import Engine, RequestOutput
 from pdiff_runtime.models import ModelConfig, init_weights
-from pdiff_runtime.models.decoder import project_at_once
+from pdiff_runtime.models.decoder import Project, project_at_once
 from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import SIZES, RowTiles, agreeing_sizes
 
@@ -78,12 +78,17 @@ def _bits(output: RequestOutput) -> tuple[object, ...]:
 
 @functools.cache
 def _alone(dtype: torch.dtype, temperature: float) -> list[tuple[object, ...]]:
-    outputs = answer_alone(_model(dtype), TINY_TAGS, _cases(temperature), batch_invariant=True)
-    return list(map(_bits, outputs))
+    return [_bits(answer(_engine(dtype), [case])[0]) for case in _cases(temperature)]
+
+
+_TILES: dict[torch.dtype, Project] = {}
 
 
 def _engine(dtype: torch.dtype, **config: object) -> Engine:
-    return make_engine(_model(dtype), TINY_TAGS, batch_invariant=True, **config)
+    engine = make_engine(_model(dtype), TINY_TAGS, batch_invariant=True, **config)
+    assert isinstance(engine.runner.project, RowTiles)
+    engine.runner.project = _TILES.setdefault(dtype, engine.runner.project)  # try sizes once
+    return engine
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -52,6 +53,10 @@ def _read(token_ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[Reader, l
     return reader, taken
 
 
+def _joined(pieces: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(pieces))
+
+
 def _visible(token_ids: Sequence[int]) -> str:
     return visible_text(token_ids, _tags(), _tokenizer().decode)
 
@@ -65,7 +70,7 @@ def _tokens() -> st.SearchStrategy[list[int]]:
     characters = st.text(st.sampled_from(CHARACTERS), max_size=4).map(encode)
     words = st.sampled_from([" the", " a b", "x", " ", "  ", "\n", "ab", "aab"]).map(encode)
     piece = st.one_of(any_token, tag, byte, characters, words)
-    return st.lists(piece, max_size=25).map(lambda pieces: sum(pieces, []))
+    return st.lists(piece, max_size=25).map(_joined)
 
 
 settings = hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
@@ -206,7 +211,7 @@ def test_a_stop_string_spans_tokens_and_parts():
     spans = [
         [tags.async_start, *encode(text), tags.async_end] for text in ("The end", "of all", "no")
     ]
-    reader, taken = _read(sum(spans, []), ["end of"])
+    reader, taken = _read(_joined(spans), ["end of"])
     assert reader.text == "The "
     assert "".join(taken) == "The "
 
