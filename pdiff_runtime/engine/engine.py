@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import numbers
 import time
 from collections.abc import Sequence
@@ -280,7 +281,7 @@ class Engine:
         is_same = (
             not scheduler.waiting
             and scheduler.running == [work.request for work in works]
-            and all(len(w.spans) == sum(map(len, w.request.span_groups())) for w in works)
+            and all(w.spans == list(itertools.chain(*w.request.span_groups())) for w in works)
         )
         if is_same and self._loop.may_run_ahead(ahead.spans):
             spans = [span.after_step() for span in ahead.spans]

@@ -62,7 +62,9 @@ class Scheduler:
         for request in others:
             if request.is_running and request.computed == request.context_end:
                 for spans in request.span_groups():
-                    if spans[0].is_started and batch.has_room(_num_rows(spans), batch.room):
+                    num_rows, work = _num_rows(spans), Work(request)
+                    if spans[0].is_started and batch.can_hold(num_rows, work, is_started=True):
+                        batch.make_room(num_rows, work)
                         batch.add_spans(request, spans)
         for request in others:
             if request.is_running and request not in batch.works:
@@ -102,17 +104,21 @@ class Scheduler:
         for runs in request.context_groups():
             room = batch.room - work.num_context_rows
             lo, hi, kind, _ = runs[0]
-            is_cut = False
+            is_cut, num_rows = False, 0
             if kind == "causal":
                 if room <= 0:
                     break
                 is_cut = hi > lo + room
                 hi = min(hi, lo + room)
                 runs = [(lo, hi, kind, ((0, hi),))]
-            elif not batch.makes_room(sum(hi - lo for lo, hi, _, _ in runs), work):
-                break
+            else:
+                num_rows = sum(hi - lo for lo, hi, _, _ in runs)
+                if not batch.can_hold(num_rows, work):
+                    break
             if not self._grow(request, runs[-1][1], batch):
                 break
+            if num_rows:
+                batch.make_room(num_rows, work)
             work.context += runs
             if is_cut:
                 break
@@ -130,10 +136,12 @@ class Scheduler:
         for spans in groups:
             if spans[0].is_started:
                 continue
-            if batch.is_blocked or not batch.makes_room(_num_rows(spans), Work(request)):
+            num_rows, work = _num_rows(spans), Work(request)
+            if batch.is_blocked or not batch.can_hold(num_rows, work):
                 return
             if not self._grow(request, spans[-1].hi, batch, may_preempt=is_first):
                 return
+            batch.make_room(num_rows, work)
             for span in spans:
                 span.is_started = True
             batch.add_spans(request, spans)
@@ -185,25 +193,34 @@ class _Batch:
         self.is_blocked = False
         self.has_spans = False
 
-    def has_room(self, num_rows: int, room: int) -> bool:
-        """Whether spans fit; those that are longer than a batch do where there are no others."""
-        return num_rows <= room or (num_rows > self.max_rows and not self.has_spans)
+    def can_hold(self, num_rows: int, work: Work, *, is_started: bool = False) -> bool:
+        """Whether spans fit behind what ``work`` has, if :meth:`make_room` makes room.
 
-    def makes_room(self, num_rows: int, work: Work) -> bool:
-        """Whether spans fit behind what ``work`` has; rows of later requests give way to them.
-
-        Else spans of later requests must not start: they would take the rows that these wait for.
+        Single rows of later requests give way to spans that have started, and to others where no
+        spans run: else a stream of such requests would hold them up for ever. Spans that are longer
+        than a batch fit where there are no others. Where spans do not fit, those of later requests
+        must not start: they would take the rows that these wait for.
         """
-        has_spans = any(kind == "full" for _, _, kind, _ in work.context)
-        for other in reversed(list(self.works.values())):
-            if self.has_room(num_rows, self.room - work.num_context_rows) or self.has_spans:
-                break
-            if other.request.order > work.request.order:
-                self.drop(other.request)
-        room = self.room - work.num_context_rows
-        fits = num_rows <= room or (self.has_room(num_rows, room) and not has_spans)
+        has_spans = self.has_spans or any(kind == "full" for _, _, kind, _ in work.context)
+        missing = num_rows + work.num_context_rows - self.room
+        if num_rows > self.max_rows:
+            fits = not has_spans
+        elif is_started or not has_spans:
+            fits = missing <= sum(w.num_context_rows for w in self._later(work.request))
+        else:
+            fits = missing <= 0
         self.is_blocked |= not fits
         return fits
+
+    def make_room(self, num_rows: int, work: Work) -> None:
+        """Put off rows of later requests, the last ones first, until spans fit or none is left."""
+        for other in reversed(self._later(work.request)):
+            if num_rows + work.num_context_rows <= self.room or num_rows > self.max_rows:
+                break
+            self.drop(other.request)
+
+    def _later(self, request: Request) -> list[Work]:
+        return [w for w in self.works.values() if w.request.order > request.order and not w.spans]
 
     def add(self, work: Work) -> None:
         self.works[work.request] = work
