@@ -198,14 +198,15 @@ def _cancelling(linear: nn.Linear, x: torch.Tensor) -> None:
     x[:, half : 2 * half] = x[:, :half]
 
 
-PROJECTS = [project_at_once]
+PRODUCTS = [(dtype, project_at_once) for dtype in (*DTYPES, torch.float16)]
 if PackedWeights.is_available():
-    PROJECTS.append(PackedWeights())
+    PRODUCTS.append((torch.bfloat16, PackedWeights()))
+_NAMES = [f"{dtype}-{type(inner).__name__}" for dtype, inner in PRODUCTS]
+each_product = pytest.mark.parametrize(("dtype", "inner"), PRODUCTS, ids=_NAMES)
 SHAPES = [(512, 640, False), (512, 256, False), (1536, 512, False), (96, 33, True), (1, 1, True)]
 
 
-@pytest.mark.parametrize("inner", PROJECTS, ids=lambda inner: type(inner).__name__)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@each_product
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tiles_equal_the_product(shape, dtype, inner):
     """For any number of rows, the last tile filled up with zeros."""
@@ -229,8 +230,7 @@ def test_tiles_are_within_rounding_of_the_exact_product(num_rows):
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("inner", PROJECTS, ids=lambda inner: type(inner).__name__)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@each_product
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_a_row_has_its_bits_in_any_company(shape, dtype, inner):
     in_features, out_features, bias = shape
@@ -246,8 +246,7 @@ def test_a_row_has_its_bits_in_any_company(shape, dtype, inner):
         assert torch.equal(actual, expected[lo : lo + num_rows])
 
 
-@pytest.mark.parametrize("inner", PROJECTS, ids=lambda inner: type(inner).__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_product
 @pytest.mark.parametrize("out_features", [96, 128, 256])
 def test_sizes_agree(dtype, out_features, inner):
     """In every bit, as seen where nothing but rounding is left of the sums.

@@ -18,9 +18,10 @@ class Round:
         topics: The words of each topic.
         lengths: Content tokens of each span, in the order of the topics.
         spans: The text of each span, pads removed.
-        num_steps: Denoising steps that ran.
-        history: Per step, the ``(position, token_id)`` pairs it wrote, positions counted from the
-            start of the prompt; empty unless ``record_steps``.
+        num_steps: Forwards in which spans were denoised; more than the longest span's steps where
+            spans run in waves.
+        history: Per such forward, the ``(position, token_id)`` pairs it wrote, positions counted
+            from the start of the prompt; empty unless ``record_steps``.
     """
 
     topics: list[str]
@@ -41,7 +42,8 @@ class Usage:
             first admitted.
         num_forwards: Forward passes the request took part in.
         critical_path: Those that had to wait for one another: one per decision of a plan and per
-            denoising step. The others are chunks of prompts, waves of spans, and recomputation.
+            denoising step. The others are chunks of prompts, waves of spans, and recomputation. A
+            plan takes fewer decisions where drafted tags find spare rows.
         num_preemptions: How often its pages were taken for another request.
         seconds: From submission to the end.
         seconds_in: Parts of ``seconds`` by phase: "waiting", "prefill", "plan", "denoise",

@@ -3,7 +3,8 @@
 A request is a state machine over its tokens. Positions ``[0, computed)`` have their final keys and
 values in its pages; what follows up to :attr:`Request.context_end` is still to be forwarded, in
 chunks as they fit; behind it are either a token to be written or open spans. Losing the pages
-therefore loses nothing but time: `computed` goes back to 0.
+therefore loses nothing but time: `computed` goes back to 0. (Not with ``kv_commit="published"``,
+whose frozen keys nothing could compute again: such a request keeps its pages.)
 """
 
 from __future__ import annotations
@@ -555,7 +556,7 @@ class Request:
         if self._is_cut or not self._continues:
             self.finish("length" if self._is_cut else "stop")
             return
-        if self.is_pinned:
+        if self.is_pinned and plan_round.step_idx > 0:
             self.computed = plan_round.hi
         if self._sync_logprob is not None:
             self.logprobs[len(self.token_ids)] = self._sync_logprob

@@ -4,13 +4,14 @@ Requests are served by priority, then in the order they came. A step has room fo
 ``max_batch_tokens`` rows and is filled in this order:
 
 1. the next token of every request that writes one by one: few rows, and much waits for them;
-2. spans that have started: they run in every step until they are full;
+2. spans that have started, as far as rows go; single rows of later requests give way to them;
 3. the rest, request by request: chunks of prompts, finished spans to commit, and new spans.
 
 Pages are taken when rows need them. Where none is free, the request that is served last gives
 its own back and goes on later from the tokens it has, so the first one always gets on. The spans
 of a round start together if rows and pages allow; else as many as fit, in reading order, and the
-others in waves after them. Only for its first span does a request take pages from others.
+others in waves after them. A request takes pages from others for spans only while none of its own
+runs.
 """
 
 from __future__ import annotations
