@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from pdiff_runtime import LLM, GenerationParams, RequestOutput
+from pdiff_runtime.bench.models import held_out_records
 from pdiff_runtime.models import BUNDLED_MODEL
 from pdiff_runtime.train.synth import score
 
@@ -152,8 +153,7 @@ def main() -> None:
         plot(json.loads(args.out.read_text())["results"], args.out.with_suffix(".png"))
         return
     llm = LLM(args.model)
-    lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines][: args.limit]
+    records = held_out_records()[: args.limit]
     results = {}
     for name, setting in SETTINGS.items():
         if args.only not in name:

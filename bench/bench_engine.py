@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
@@ -27,10 +26,16 @@ from published import Published
 
 from pdiff_runtime import LLM, Decoder, EngineConfig, GenerationParams
 from pdiff_runtime.bench import engine as runs
-from pdiff_runtime.bench.measure import machine
-from pdiff_runtime.bench.models import MODELS, TAGS, WORDS, planning_model, random_prompt
+from pdiff_runtime.bench.kernels import header
+from pdiff_runtime.bench.models import (
+    MODELS,
+    TAGS,
+    WORDS,
+    held_out_records,
+    planning_model,
+    random_prompt,
+)
 from pdiff_runtime.engine import SpanUpdate
-from pdiff_runtime.models import BUNDLED_MODEL
 
 NUM_TOPICS, NUMBER, PROMPT_LEN = 8, 6, 160
 TOPIC = [TAGS.topic_start, *WORDS, TAGS.digits[NUMBER], TAGS.topic_end]
@@ -54,8 +59,7 @@ def engine_of(name: str, **config: Any) -> LLM:
 @functools.cache
 def bundled() -> tuple[LLM, list[list[int]]]:
     llm = LLM()
-    lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
-    return llm, [llm.encode(json.loads(line)["prompt"]) for line in lines]
+    return llm, [llm.encode(record["prompt"]) for record in held_out_records()]
 
 
 def by_turns(calls: dict[str, Callable[[], float]], num_rounds: int) -> dict[str, float]:
@@ -209,9 +213,8 @@ def _fresh(
 # --- load ----------------------------------------------------------------------------------------
 
 
-def load(num_rounds: int) -> list[Record]:
+def load(_num_rounds: int) -> list[Record]:
     """1, 4, 16 and 64 requests at once."""
-    del num_rounds
     records = []
     llm, prompts = bundled()
     own = dataclasses.replace(llm.default_params, max_tokens=200)
@@ -263,7 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     file = args.out / "engine.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    print(machine())
+    print(header()["machine"])
     for name in args.only:
         records = BENCHES[name](args.rounds)
         for record in records:
@@ -271,11 +274,7 @@ def main() -> None:
                 print(
                     f"{record['what']:60} {record['ratio']:5.2f}x  {_rounded(record)}", flush=True
                 )
-        now = datetime.datetime.now(datetime.UTC)
-        results[name] = {
-            "machine": machine(), "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-            "records": [_rounded(record) for record in records],
-        }  # fmt: skip
+        results[name] = {**header(), "records": [_rounded(record) for record in records]}
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
 

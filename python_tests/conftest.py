@@ -59,10 +59,15 @@ def tiny_model() -> Decoder:
         vocab_size=58, hidden_size=32, num_layers=2, num_heads_q=4, num_heads_kv=2, head_dim=16,
         intermediate_size=48, max_position=512, length_unit=2,
     )  # fmt: skip
+    return spread_model(config, 8.0)
+
+
+def spread_model(config: ModelConfig, factor: float) -> Decoder:
+    """A random decoder with matrices times ``factor``, so that decisions have margins."""
     model = Decoder(config)
     init_weights(model, seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(8.0)  # spread logits, so that decisions have margins
+                parameter.mul_(factor)
     return model.eval().requires_grad_(False)

@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
-from conftest import TINY_TAGS
+from conftest import TINY_TAGS, spread_model
 from tiny_engine import Case, answer, answer_alone, finished, make_engine, preempt, step, user_plan
 from torch import nn
 
 from pdiff_runtime import Decoder, GenerationParams
 from pdiff_runtime.engine import Engine, RequestOutput
-from pdiff_runtime.models import ModelConfig, init_weights
+from pdiff_runtime.models import ModelConfig
 from pdiff_runtime.models.decoder import Project, project_at_once
 from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import SIZES, RowTiles, agreeing_sizes
@@ -31,15 +31,9 @@ def _model(dtype: torch.dtype, hidden_size: int = 512) -> Decoder:
         num_heads_kv=max(1, hidden_size // 128), head_dim=64, intermediate_size=3 * hidden_size,
         max_position=512, length_unit=2,
     )  # fmt: skip
-    model = Decoder(config)
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3.0)
-    model = model.to(dtype)
+    model = spread_model(config, 3.0).to(dtype)
     model.reset_rope()
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _cases(temperature: float) -> list[Case]:

@@ -1,17 +1,20 @@
-"""Decoders with random weights that write a plan by themselves, for benches of whole answers.
+"""What benches of whole answers run: the bundled model's prompts, and decoders with random weights.
 
-What a row holds is mostly its own token's embedding, so a row of the head that resembles it makes
-one token follow another: :data:`PROMPT_END` starts topics of two words and a number, and each is
-followed by the next until the engine's ``max_topics`` closes the plan.
+The decoders write a plan by themselves. What a row holds is mostly its own token's embedding, so a
+row of the head that resembles it makes one token follow another: :data:`PROMPT_END` starts topics
+of two words and a number, and each is followed by the next until the engine's ``max_topics`` closes
+the plan.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+from typing import Any
 
 import torch
 
-from pdiff_runtime.models import Decoder, ModelConfig
+from pdiff_runtime.models import BUNDLED_MODEL, Decoder, ModelConfig
 from pdiff_runtime.plan import ControlTokens
 
 TAGS = ControlTokens(
@@ -68,6 +71,12 @@ def planning_model(
         head[after] += strength * embedding[before]
     head[TAGS.eos] += 0.5 * strength * embedding[TAGS.topic_end]
     return model
+
+
+def held_out_records() -> list[dict[str, Any]]:
+    """Prompts that the bundled model has not seen, with what is right about each."""
+    lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def random_prompt(num_tokens: int, seed: int) -> list[int]:

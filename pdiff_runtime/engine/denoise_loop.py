@@ -100,10 +100,9 @@ class DenoiseLoop:
 
     def start(self, works: list[Work]) -> list[OpenSpan]:
         """Bring a batch to the device; its spans, for :meth:`launch`."""
-        rows = [work.request.rows(work) for work in works]
-        attend = self.runner.attend(works, rows, split_keys=False)
+        _, token_ids, attend = self.runner.inputs(works, split_keys=False)
         spans, self._row_place = [], []
-        for work_idx, (work, of_work) in enumerate(zip(works, rows, strict=True)):
+        for work_idx, work in enumerate(works):
             for span in work.spans:
                 spans.append(
                     OpenSpan(
@@ -112,9 +111,7 @@ class DenoiseLoop:
                     )
                 )  # fmt: skip
                 self._row_place += [(work_idx, position) for position in range(span.lo, span.hi)]
-            assert of_work.num_rows == sum(span.hi - span.lo for span in work.spans)
         self._step = self._step_of(self._shape(attend, spans))
-        token_ids = [t for w, r in zip(works, rows, strict=True) for t in w.request.row_tokens(r)]
         self._step.load(token_ids, attend, spans)
         return spans
 
@@ -215,7 +212,7 @@ class _Step:
         is_content = np.zeros(self.shape.num_rows, bool)
         seeds = np.zeros(self.shape.num_rows, np.int64)
         for idx, each in enumerate(spans):
-            end = each.row + each.span.hi - each.span.lo
+            end = each.row + each.span.num_rows
             span_of_row[each.row : end] = idx
             is_content[each.row + 1 : end - 1] = True
             seeds[each.row : end] = each.request.seed

@@ -307,6 +307,7 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
+            self._ahead = None
         done: list[tuple[Work, Predicted]] = []
         middle = (len(works) + 1) // 2
         for half in (works[:middle], works[middle:]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pdiff_runtime.plan import ControlTokens
+from pdiff_runtime.plan.visible import cut_ids, hidden_ids, spaced
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -29,10 +30,7 @@ class Reader:
 
     def __init__(self, tags: ControlTokens, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._tags, self._decode, self._stop = tags, decode, tuple(stop)
-        self._cuts = frozenset(
-            (tags.async_start, tags.async_end, tags.sync, tags.topic_start, tags.topic_end)
-        )
-        self._hidden = frozenset((tags.pad, tags.mask, tags.eos))
+        self._cuts, self._hidden = cut_ids(tags), hidden_ids(tags)
         self._inside_topic = False
         self._part: list[int] = []
         self._part_text = 0  # where the part's text starts in `text`
@@ -76,7 +74,6 @@ class Reader:
         """No further token comes."""
         if not self.is_stopped:
             self._end_part()
-            self._part_text = len(self.text)
 
     def take(self, *, is_last: bool = False) -> str:
         """What is new since the last call, less what may become part of a stop string."""
@@ -96,10 +93,7 @@ class Reader:
         if not piece:
             return
         start = len(self.text)
-        is_first = start > 0 and start == self._part_text
-        if is_first and not self.text[-1].isspace() and not piece[0].isspace():
-            piece = " " + piece
-        self.text += piece
+        self.text += spaced(self.text, piece) if start == self._part_text else piece
         found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
         if any(at >= 0 for at in found):
             self.text = self.text[: min(at for at in found if at >= 0)]

@@ -75,6 +75,15 @@ class Span:
         """Positions between the tags."""
         return self.lo + 1, self.hi - 1
 
+    @property
+    def num_rows(self) -> int:
+        return self.hi - self.lo
+
+
+def count_rows(spans: Sequence[Span]) -> int:
+    """Rows of spans together."""
+    return sum(span.num_rows for span in spans)
+
 
 @dataclasses.dataclass
 class PlanRound:
@@ -102,7 +111,7 @@ class PlanRound:
 
 @dataclasses.dataclass
 class Write:
-    """A token written one by one, or by a denoising step."""
+    """A token that a denoising step has chosen."""
 
     position: int
     token_id: int
@@ -153,7 +162,7 @@ class Work:
 
     @property
     def num_rows(self) -> int:
-        return self.num_context_rows + sum(span.hi - span.lo for span in self.spans)
+        return self.num_context_rows + count_rows(self.spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +233,7 @@ class Request:
         self._allocator = allocator
         self._chain: int | None = 0  # serial of the last page in the prefix cache; None: no more
         self._num_published = 0
+        self._page_keys: list[npt.NDArray[np.int64]] = []
         self._user_rounds = [list(map(int, tokens)) for tokens in user_rounds]
         self._plan_start = self.prompt_len
         self._plan_state: PlanState | None = None
@@ -716,7 +726,10 @@ class Request:
         """What decides the page's keys and values beside the pages before it.
 
         That is its tokens and, as rows of a span see the whole span, the rest of the spans in it.
+        All of them are final, so a key is made once; pages come in order.
         """
+        if page_idx < len(self._page_keys):
+            return self._page_keys[page_idx]
         lo = page_idx * self.limits.page_size
         hi = end = lo + self.limits.page_size
         has_span = False
@@ -727,7 +740,8 @@ class Request:
         key = self.token_ids[lo:end]
         if has_span:
             key = [*key, _ISOLATED if self.params.isolate_spans else _JOINT]
-        return np.array(key, np.int64)
+        self._page_keys.append(np.array(key, np.int64))
+        return self._page_keys[page_idx]
 
 
 @functools.lru_cache(maxsize=1 << 14)

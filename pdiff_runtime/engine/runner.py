@@ -16,7 +16,7 @@ from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
 from pdiff_runtime.denoise import RULES
 from pdiff_runtime.engine.paged_attention import PagedAttention
-from pdiff_runtime.engine.request import Request, Rows, Span, Work, Write
+from pdiff_runtime.engine.request import Request, Rows, Span, Work, Write, count_rows
 from pdiff_runtime.models.decoder import Decoder, Project
 from pdiff_runtime.plan import SpanLayout
 
@@ -79,13 +79,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Predicted]:
         """Forward every row once; the results are in the order of ``works``."""
-        rows = [work.request.rows(work) for work in works]
-        token_ids = [
-            token_id
-            for work, of_work in zip(works, rows, strict=True)
-            for token_id in work.request.row_tokens(of_work)
-        ]
-        attend = self.attend(works, rows, split_keys=self.split_keys)
+        rows, token_ids, attend = self.inputs(works, split_keys=self.split_keys)
         with self._phase("forward"):
             hidden = self.model(self._tensor(token_ids), attend, self.project)
         predicted = [Predicted() for _ in works]
@@ -113,7 +107,19 @@ class Runner:
                     self._denoise(hidden, part, rule)
         return predicted
 
-    def attend(
+    def inputs(
+        self, works: Sequence[Work], *, split_keys: bool
+    ) -> tuple[list[Rows], list[int], PagedAttention]:
+        """The rows of each work, the token ids of all of them, and how they attend."""
+        rows = [work.request.rows(work) for work in works]
+        token_ids = [
+            token_id
+            for work, of_work in zip(works, rows, strict=True)
+            for token_id in work.request.row_tokens(of_work)
+        ]
+        return rows, token_ids, self._attend(works, rows, split_keys=split_keys)
+
+    def _attend(
         self, works: Sequence[Work], rows: list[Rows], *, split_keys: bool
     ) -> PagedAttention:
         """The attention of this forward; kept while no request changes its rows."""
@@ -341,10 +347,10 @@ class _Sampling(TypedDict):
 
 def _span_rows(work: Work, end: int) -> Iterator[tuple[Span, int]]:
     """The open spans, which are the last rows of the work, and the batch row each starts at."""
-    row = end - sum(span.hi - span.lo for span in work.spans)
+    row = end - count_rows(work.spans)
     for span in work.spans:
         yield span, row
-        row += span.hi - span.lo
+        row += span.num_rows
 
 
 def _parts(spans: list[_OpenSpan], max_rows: int) -> Iterator[list[_OpenSpan]]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 from pdiff_runtime.cache import OutOfPagesError, PageAllocator
 from pdiff_runtime.engine.params import EngineConfig
-from pdiff_runtime.engine.request import Request, Span, Work
+from pdiff_runtime.engine.request import Request, Span, Work, count_rows
 
 
 class Scheduler:
@@ -63,7 +63,7 @@ class Scheduler:
         for request in others:
             if request.is_running and request.computed == request.context_end:
                 for spans in request.span_groups():
-                    num_rows, work = _num_rows(spans), Work(request)
+                    num_rows, work = count_rows(spans), Work(request)
                     if spans[0].is_started and batch.can_hold(num_rows, work, is_started=True):
                         batch.make_room(num_rows, work)
                         batch.add_spans(request, spans)
@@ -137,7 +137,7 @@ class Scheduler:
         for spans in groups:
             if spans[0].is_started:
                 continue
-            num_rows, work = _num_rows(spans), Work(request)
+            num_rows, work = count_rows(spans), Work(request)
             if batch.is_blocked or not batch.can_hold(num_rows, work):
                 return
             if not self._grow(request, spans[-1].hi, batch, may_preempt=is_first):
@@ -230,13 +230,13 @@ class _Batch:
 
     def add_spans(self, request: Request, spans: list[Span]) -> None:
         self.works.setdefault(request, Work(request)).spans += spans
-        self.room -= _num_rows(spans)
+        self.room -= count_rows(spans)
         self.has_spans = True
 
     def drop(self, request: Request) -> None:
         work = self.works.pop(request, None)
         if work is not None:
-            self.room += work.num_context_rows + _num_rows(work.spans)
+            self.room += work.num_rows
 
     def context_end(self, request: Request) -> int:
         """How far the request's context is computed after this forward."""
@@ -244,10 +244,6 @@ class _Batch:
         if work is None or not work.context:
             return request.computed
         return work.context[-1][1] - work.num_drafts
-
-
-def _num_rows(spans: list[Span]) -> int:
-    return sum(span.hi - span.lo for span in spans)
 
 
 def _order(request: Request) -> tuple[int, int]:

@@ -7,6 +7,18 @@ from collections.abc import Callable, Sequence
 from pdiff_runtime.plan.control_tokens import ControlTokens
 
 
+def cut_ids(tags: ControlTokens) -> frozenset[int]:
+    """Tags at which the visible text falls into parts."""
+    return frozenset(
+        (tags.async_start, tags.async_end, tags.sync, tags.topic_start, tags.topic_end)
+    )
+
+
+def hidden_ids(tags: ControlTokens) -> frozenset[int]:
+    """Tokens within a part that no reader sees."""
+    return frozenset((tags.pad, tags.mask, tags.eos))
+
+
 def visible_parts(token_ids: Sequence[int], tags: ControlTokens) -> list[list[int]]:
     """Visible token ids in reading order, cut at tags; no part is empty.
 
@@ -14,8 +26,7 @@ def visible_parts(token_ids: Sequence[int], tags: ControlTokens) -> list[list[in
     """
     parts: list[list[int]] = [[]]
     inside_topic = False
-    cuts = (tags.async_start, tags.async_end, tags.sync, tags.topic_start, tags.topic_end)
-    hidden = (tags.pad, tags.mask, tags.eos)
+    cuts, hidden = cut_ids(tags), hidden_ids(tags)
     for token_id in token_ids:
         if token_id in cuts:
             inside_topic = token_id == tags.topic_start
@@ -31,7 +42,11 @@ def visible_text(
     """The visible parts as one text, a space between two that have none of their own."""
     text = ""
     for part in visible_parts(token_ids, tags):
-        piece = decode(part)
-        needs_space = text and piece and not text[-1].isspace() and not piece[0].isspace()
-        text += " " + piece if needs_space else piece
+        text += spaced(text, decode(part))
     return text
+
+
+def spaced(text: str, piece: str) -> str:
+    """The first piece of a part as it goes behind the parts before it."""
+    needs_space = text and piece and not text[-1].isspace() and not piece[0].isspace()
+    return " " + piece if needs_space else piece

@@ -448,13 +448,12 @@ def _bench_load(
     from pdiff_runtime import LLM, EngineConfig
     from pdiff_runtime.bench import engine as runs
     from pdiff_runtime.bench.measure import machine
-    from pdiff_runtime.models import BUNDLED_MODEL
+    from pdiff_runtime.bench.models import held_out_records
 
     _set_threads(threads)
     llm = LLM(model, config=EngineConfig(batch_invariant=invariant))
     if not prompts:
-        lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
-        prompts = tuple(json.loads(line)["prompt"] for line in lines)
+        prompts = tuple(record["prompt"] for record in held_out_records())
     fields: dict[str, Any] = {"mode": mode, "max_tokens": max_tokens}
     params = dataclasses.replace(llm.default_params, **fields)
     prompt_ids = [llm.encode(prompt) for prompt in prompts]
