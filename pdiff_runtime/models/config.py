@@ -19,8 +19,13 @@ _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 class ModelConfig:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
 
-    ``length_unit`` is how many tokens one unit of a topic's NUMBER announces (10 in the published
-    models, 4 in the bundled one).
+    Attributes:
+        length_unit: How many tokens one unit of a topic's NUMBER announces (10 in the published
+            models, 4 in the bundled one).
+        full_attention: Whether prompt and answer see each other both ways where an answer is one
+            span, as Dream and LLaDA were trained.
+        logits_shift: Row p of the logits predicts position ``p + logits_shift``: 1, or 0 for LLaDA.
+        qk_norm: Whether each head of q and k is normalised before the rotary embedding (Qwen3).
     """
 
     vocab_size: int
@@ -36,6 +41,9 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     max_position: int = 2048
     length_unit: int = 10
+    full_attention: bool = False
+    logits_shift: int = 1
+    qk_norm: bool = False
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
@@ -49,6 +57,8 @@ class ModelConfig:
                 f"num_heads_q: expected a multiple of num_heads_kv={self.num_heads_kv}, "
                 f"got {self.num_heads_q}"
             )
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"logits_shift: expected 0 or 1, got {self.logits_shift!r}")
         if self.head_dim % 2 or self.head_dim > 256:
             raise ValueError(f"head_dim: expected an even number up to 256, got {self.head_dim}")
 
@@ -93,6 +103,7 @@ class ModelConfig:
             tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
             max_position=fields.get("max_position_embeddings", 2048),
             length_unit=fields.get("length_unit", 10),
+            full_attention=fields.get("full_attention", model_type in ("Dream", "dream")),
             model_type=model_type,
         )
 
