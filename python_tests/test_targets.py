@@ -1,89 +1,13 @@
-"""Labels, noise and loss: the published collator's recordings, and laws of our own."""
+"""Labels, noise and loss: laws of our own; recorded behaviour is in test_golden_training.py."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from golden_data import load_npz
 
 from pdiff_runtime import ControlTokens
 from pdiff_runtime.train import apply_noise, hybrid_loss, hybrid_targets, hybrid_weights
 from pdiff_runtime.train.loss import KIND_AR, KIND_SPAN
-from pdiff_runtime.train.noise import time_from_uniform
-
-MASKS = load_npz("masks")
-COLLATOR = load_npz("collator")
-UNUSED_DIGITS = tuple(range(900_000, 900_010))
-
-MALFORMED_LABELS = {
-    # The published label list is of another length or shifted here; DESIGN section 2 raises.
-    "edge_unmatched_async", "edge_stray_async_end", "edge_nested_async",
-    # Published: eos stands at the last row, which is </async>, and the span's labels are shifted.
-    "edge_no_eos_ends_in_block",
-}  # fmt: skip
-
-
-def tags_of(special: np.ndarray) -> ControlTokens:
-    async_start, async_end, sync, eos, pad, *mask = (int(i) for i in special)
-    return ControlTokens(
-        topic_start=900_010, topic_end=900_011, async_start=async_start, async_end=async_end,
-        sync=sync, mask=mask[0] if mask else 900_012, pad=pad, eos=eos, digits=UNUSED_DIGITS,
-    )  # fmt: skip
-
-
-def golden_label_cases() -> list[int]:
-    return [int(c) for c in MASKS["cases"] if MASKS["names"][c] not in MALFORMED_LABELS]
-
-
-@pytest.mark.parametrize("case", golden_label_cases(), ids=lambda c: str(MASKS["names"][c]))
-def test_labels_equal_the_published_ones(case):
-    ids, special = MASKS[f"{case:03d}_ids"], MASKS[f"{case:03d}_special"]
-    tags = tags_of(special)
-    targets = hybrid_targets(torch.from_numpy(ids), tags)
-    expected = torch.from_numpy(MASKS[f"{case:03d}_labels_v2"]).long()
-    # The collator turns span-tag labels into -100.
-    expected[(expected == tags.async_start) | (expected == tags.async_end)] = -100
-    assert torch.equal(targets.labels, expected)
-    is_ar = torch.from_numpy(MASKS[f"{case:03d}_ar_v2"]).bool()
-    assert torch.equal(targets.is_span, ~is_ar)
-
-
-def golden_hybrid_cases() -> list[int]:
-    return [int(c) for i, c in enumerate(COLLATOR["cases"]) if COLLATOR["modes"][c] == "hybrid"]
-
-
-@pytest.mark.parametrize("case", golden_hybrid_cases())
-def test_noise_and_loss_equal_the_published_ones(case):
-    field = {
-        name.removeprefix(f"{case:02d}_"): value
-        for name, value in COLLATOR.items()
-        if name.startswith(f"{case:02d}_")
-    }
-    tags = tags_of(COLLATOR["special"])
-    ids = torch.from_numpy(field["ids"]).long()
-    prompt_lens = torch.tensor([int(field["prompt_length"])])
-    t = torch.tensor([float(field["t"])])
-    noised = apply_noise(
-        ids, tags, t=t, u=torch.from_numpy(field["u"]), prompt_lens=prompt_lens, compat="published"
-    )
-    assert torch.equal(noised, torch.from_numpy(field["noised_ids"]).long())
-    weights = hybrid_weights(ids, noised, tags, t=t, prompt_lens=prompt_lens, compat="published")
-    assert torch.equal(weights.labels, torch.from_numpy(field["labels"]).long())
-    loss = hybrid_loss(
-        torch.from_numpy(field["logits"]).float(), ids, noised, tags, t=t,
-        prompt_lens=prompt_lens, compat="published",
-    )  # fmt: skip
-    assert loss.item() == pytest.approx(float(field["loss"]), rel=1e-5)
-
-
-def test_time_is_the_published_map():
-    case = golden_hybrid_cases()[0]
-    drawn = [c for c in golden_hybrid_cases() if f"{c:02d}_u_t" in COLLATOR]
-    for case in drawn:
-        t = time_from_uniform(torch.from_numpy(COLLATOR[f"{case:02d}_u_t"]))
-        assert t.item() == pytest.approx(float(COLLATOR[f"{case:02d}_t"]), rel=1e-6)
-
 
 # prompt, topic, two spans, eos
 A, B, P, T0, T1, S0, S1, EOS, MASK, SYNC, PAD = 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 17
@@ -119,6 +43,25 @@ def test_only_hidden_targets_count_and_the_normaliser_counts_all():
 def test_tags_and_prompt_are_never_hidden():
     noised = apply_noise(IDS, TAGS, t=1.0, u=torch.zeros(len(IDS)), prompt_lens=torch.tensor([8]))
     assert (noised == MASK).nonzero()[:, 0].tolist() == [7, 10]
+
+
+@pytest.mark.parametrize(("mode", "is_hidden"), [("ar", False), ("diffusion", True)])
+def test_other_modes_take_tags_for_tokens(mode, is_hidden):
+    targets = hybrid_targets(IDS, TAGS, mode=mode)
+    assert targets.labels.tolist() == [*IDS.tolist()[1:], -100]
+    prompt_lens = torch.tensor([3])
+    noised = apply_noise(IDS, TAGS, t=1.0, u=torch.zeros(13), prompt_lens=prompt_lens, mode=mode)
+    assert (noised == MASK).tolist() == [False] * 2 + [is_hidden] * 11
+    weights = hybrid_weights(IDS, noised, TAGS, t=0.5, prompt_lens=prompt_lens, mode=mode)
+    assert weights.labels.tolist() == [-100, -100, *IDS.tolist()[3:], -100]
+    assert set(weights.weight[2:-1].tolist()) == {2.0 if is_hidden else 1.0}
+    assert weights.normaliser == 10.0
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+@pytest.mark.parametrize("ids", [[], [S0]])
+def test_short_sequences_have_no_next_token(mode, ids):
+    assert hybrid_targets(ids, TAGS, mode=mode).labels.tolist() == [-100] * len(ids)
 
 
 def test_packing_changes_nothing():
@@ -163,5 +106,7 @@ def test_shapes_are_checked():
         apply_noise(IDS, TAGS, t=0.5, u=torch.zeros(3))
     with pytest.raises(ValueError, match="cu_seqlens: expected ascending from 0 to 13"):
         apply_noise(IDS, TAGS, t=0.5, u=torch.zeros(13), cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="mode: expected one of .* got 'hybrid'"):
+        hybrid_loss(torch.zeros(13, 30), IDS, IDS, TAGS, t=0.5, mode="hybrid")
     with pytest.raises(ValueError, match="compat: expected None or 'published'"):
         hybrid_weights(IDS, IDS, TAGS, t=0.5, compat="other")

@@ -40,6 +40,7 @@ def hybrid_weights(
     t: Tensor | float,
     cu_seqlens: Tensor | None = None,
     prompt_lens: Tensor | None = None,
+    mode: str = "planned",
     compat: str | None = None,
 ) -> HybridWeights:
     """Labels and weights of packed documents.
@@ -48,7 +49,7 @@ def hybrid_weights(
     always, with weight 1. The normaliser is the number of plan targets plus the number of span
     targets, counted or not. With ``compat="published"`` a span target counts where the row's *own*
     token is hidden, every weight is 1 / t, and each document's share is divided by its length
-    without the prompt, as the published trainer does.
+    without the prompt, as the published trainer does; in mode "ar" the two are the same.
 
     Args:
         token_ids: ``[n]`` the clean tokens.
@@ -57,10 +58,12 @@ def hybrid_weights(
         t: Noise level, scalar or ``[num_documents]``.
         cu_seqlens: ``[num_documents + 1]``; None for one document.
         prompt_lens: ``[num_documents]``; rows before ``prompt_len - 1`` carry no loss.
+        mode: "ar" for plain next tokens, "diffusion" for documents that are denoised as a whole;
+            see :func:`hybrid_targets`.
         compat: None or "published".
 
     Raises:
-        ValueError: Shapes that do not fit together, or malformed spans.
+        ValueError: Shapes that do not fit together, malformed spans, or an unknown mode.
     """
     bounds = document_bounds(token_ids, cu_seqlens)
     check_compat(compat)
@@ -68,13 +71,13 @@ def hybrid_weights(
         raise ValueError(
             f"noised: expected shape {list(token_ids.shape)}, got {list(noised.shape)}"
         )
-    targets = [hybrid_targets(token_ids[lo:hi], tags) for lo, hi in bounds]
+    targets = [hybrid_targets(token_ids[lo:hi], tags, mode=mode) for lo, hi in bounds]
     labels = torch.cat([target.labels for target in targets])
     is_span = torch.cat([target.is_span for target in targets])
     labels = labels.masked_fill(in_prompt(bounds, prompt_lens), IGNORE)
     return weights_from_targets(
         labels, is_span, noised, tags.mask, t=per_token(t, bounds), bounds=bounds,
-        prompt_lens=prompt_lens, compat=compat,
+        prompt_lens=prompt_lens, compat=None if mode == "ar" else compat,
     )  # fmt: skip
 
 
@@ -123,6 +126,7 @@ def hybrid_loss(
     t: Tensor | float,
     cu_seqlens: Tensor | None = None,
     prompt_lens: Tensor | None = None,
+    mode: str = "planned",
     compat: str | None = None,
 ) -> Tensor:
     """The loss of packed documents from their whole logits ``[n, vocab_size]``, a scalar.
@@ -131,8 +135,9 @@ def hybrid_loss(
     everyone else. Arguments as in :func:`hybrid_weights`.
     """
     weights = hybrid_weights(
-        token_ids, noised, tags, t=t, cu_seqlens=cu_seqlens, prompt_lens=prompt_lens, compat=compat
-    )
+        token_ids, noised, tags, t=t, cu_seqlens=cu_seqlens, prompt_lens=prompt_lens, mode=mode,
+        compat=compat,
+    )  # fmt: skip
     return ops.weighted_cross_entropy(
         logits, weights.labels, weights.weight, weights.kind, normaliser=weights.normaliser
     ).loss

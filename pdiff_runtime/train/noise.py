@@ -27,6 +27,7 @@ def apply_noise(
     u: Tensor,
     cu_seqlens: Tensor | None = None,
     prompt_lens: Tensor | None = None,
+    mode: str = "planned",
     compat: str | None = None,
 ) -> Tensor:
     """Replace span content by the mask token where ``u < t``.
@@ -38,13 +39,15 @@ def apply_noise(
         u: ``[n]`` uniforms in [0, 1), so that the result is reproducible.
         cu_seqlens: ``[num_documents + 1]`` int, from 0 to n; None for one document.
         prompt_lens: ``[num_documents]``; the first ``prompt_len - 1`` tokens stay as they are.
+        mode: "diffusion" takes the whole document for span content, "ar" none of it; see
+            :func:`hybrid_targets`.
         compat: "published" hides the tags of spans too.
 
     Returns:
         ``[n]`` token ids, a new tensor.
 
     Raises:
-        ValueError: Shapes that do not fit together, or malformed spans.
+        ValueError: Shapes that do not fit together, malformed spans, or an unknown mode.
     """
     bounds = document_bounds(token_ids, cu_seqlens)
     if u.shape != token_ids.shape:
@@ -54,7 +57,7 @@ def apply_noise(
         [torch.zeros(0, dtype=torch.bool)]
         + [
             targets.is_span if compat == "published" else targets.is_content
-            for targets in (hybrid_targets(token_ids[lo:hi], tags) for lo, hi in bounds)
+            for targets in (hybrid_targets(token_ids[lo:hi], tags, mode=mode) for lo, hi in bounds)
         ]
     )
     noisable &= ~in_prompt(bounds, prompt_lens)

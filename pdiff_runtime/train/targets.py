@@ -17,6 +17,10 @@ from pdiff_runtime.plan import ControlTokens
 IGNORE = -100
 """The label of a row that carries no loss."""
 
+MODES = ("planned", "ar", "diffusion")
+"""What a sequence trains: plan and spans; plain next tokens; or the denoising of all of it. Other
+than "planned", a mode takes tags for ordinary tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HybridTargets:
@@ -58,22 +62,33 @@ def span_bounds(token_ids: Sequence[int], tags: ControlTokens) -> list[tuple[int
     return bounds
 
 
-def hybrid_targets(token_ids: Tensor | Sequence[int], tags: ControlTokens) -> HybridTargets:
+def hybrid_targets(
+    token_ids: Tensor | Sequence[int], tags: ControlTokens, *, mode: str = "planned"
+) -> HybridTargets:
     """Labels of one sequence.
 
     A span row (its ``<async>`` included) is labelled with the next token, unless that is
     ``</async>``; ``</async>`` with nothing; an autoregressive row with the next autoregressive
-    token, across any spans in between; the last autoregressive row with eos.
+    token, across any spans in between; the last autoregressive row with eos. In the modes "ar" and
+    "diffusion" every row is labelled with the next token and the last row with nothing; all tokens
+    are autoregressive in the one and span content in the other.
 
     Args:
         token_ids: ``[n]`` integers.
         tags: The control tokens.
+        mode: One of :data:`MODES`.
 
     Raises:
-        ValueError: A span tag that is unbalanced or nested.
+        ValueError: A span tag that is unbalanced or nested, or an unknown mode.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
     ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
     n = len(ids)
+    if mode != "planned":
+        next_ids = torch.tensor([*ids, IGNORE][1:], dtype=torch.int64)
+        is_noisable = torch.full((n,), mode == "diffusion")
+        return HybridTargets(next_ids, is_noisable, is_noisable)
     labels, is_span, is_content = [IGNORE] * n, [False] * n, [False] * n
     for start, end in span_bounds(ids, tags):
         is_span[start:end] = [True] * (end - start)
