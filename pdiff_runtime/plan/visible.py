@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from pdiff_runtime.plan.control_tokens import ControlTokens
@@ -50,3 +51,20 @@ def spaced(text: str, piece: str) -> str:
     """The first piece of a part as it goes behind the parts before it."""
     needs_space = text and piece and not text[-1].isspace() and not piece[0].isspace()
     return " " + piece if needs_space else piece
+
+
+_PUBLISHED_TAGS = re.compile(r"<promise>.*?</topic>|</?async>|<sync/>|\[PAD\]")
+_PUBLISHED_STOPS = re.compile(r"<\|(?:im_end|endoftext)\|>")
+
+
+def published_text(text: str) -> str:
+    """What the published evaluation shows of a decoded sequence, for comparisons with it.
+
+    A span that starts with a digit starts a line. Topics, as far as they stay on one line, and all
+    other tags and pads become blanks; runs of blanks and tabs become one, and both ends are
+    stripped. Stop tokens go last, so a blank before them stays.
+    """
+    text = re.sub(r"<async>(?=\d)", "<async>\n", text)
+    text = re.sub(r"[ \t]+", " ", _PUBLISHED_TAGS.sub(" ", text)).strip()
+    text = re.sub(r"(?<=<\|im_start\|>assistant\n) ", "", text)
+    return _PUBLISHED_STOPS.sub("", text)

@@ -2,6 +2,7 @@
 
 from pdiff_runtime.train.loss import HybridWeights, hybrid_loss, hybrid_weights
 from pdiff_runtime.train.noise import apply_noise
+from pdiff_runtime.train.padding import pad_spans
 from pdiff_runtime.train.targets import HybridTargets, hybrid_targets
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "hybrid_loss",
     "hybrid_targets",
     "hybrid_weights",
+    "pad_spans",
 ]
