@@ -50,23 +50,40 @@ BROKEN_PLANS = [case for case in case_ids(PLANS) if PLANS["errors"][case.values[
 
 
 @pytest.mark.parametrize("case", WHOLE_PLANS)
-def test_span_rows_at_inference(case):
-    num_context = len(PLANS[f"{case:02}_ids"])
-    num_keys = len(PLANS[f"{case:02}_sequence"])
-    span_lens = [int(end - start) for start, end, _ in PLANS[f"{case:02}_block_info"]]
-    is_joint = bool(PLANS[f"{case:02}_disable_block_sparsity"])
-    layout = SpanLayout.from_spans(num_context, span_lens, isolate_spans=not is_joint)
-    expected = unpack(PLANS[f"{case:02}_mask"], (num_keys, num_keys))[num_context:]
-    assert np.array_equal(layout.dense_mask().numpy(), expected)
+def test_spans_laid_out(case):
+    """From the plan: the number of spans, where each stands, and the sequence with them."""
+    ids = PLANS[f"{case:02}_ids"].tolist()
+    topics = parse_plan(ids, PUBLISHED_TAGS, compat="published")
+    assert len(topics) == PLANS[f"{case:02}_num_promises"]
+    length_scale = PLANS[f"{case:02}_length_scale"]
+    unit = 10 if np.isnan(length_scale) else float(length_scale)
+    block_info, tags = [], PUBLISHED_TAGS
+    for size in (int(topic.number * unit) for topic in topics):
+        block_info.append([len(ids), len(ids) + size + 2, size])
+        ids += [tags.async_start, *[tags.mask] * size, tags.async_end]
+    assert PLANS[f"{case:02}_block_info"].tolist() == block_info
+    assert PLANS[f"{case:02}_sequence"].tolist() == ids
 
 
 @pytest.mark.parametrize("case", WHOLE_PLANS)
-def test_plan_numbers(case):
-    topics = parse_plan(PLANS[f"{case:02}_ids"], PUBLISHED_TAGS, compat="published")
-    length_scale = PLANS[f"{case:02}_length_scale"]
-    unit = 10 if np.isnan(length_scale) else float(length_scale)
-    sizes = PLANS[f"{case:02}_block_info"][:, 2]
-    assert [int(topic.number * unit) for topic in topics] == sizes.tolist()
+def test_mask_at_inference(case):
+    ids = PLANS[f"{case:02}_ids"]
+    num_context, num_keys = len(ids), len(PLANS[f"{case:02}_sequence"])
+    mask = unpack(PLANS[f"{case:02}_mask"], (num_keys, num_keys))
+    is_joint = bool(PLANS[f"{case:02}_disable_block_sparsity"])
+
+    span_lens = [int(end - start) for start, end, _ in PLANS[f"{case:02}_block_info"]]
+    spans = SpanLayout.from_spans(num_context, span_lens, isolate_spans=not is_joint)
+    assert np.array_equal(mask[num_context:], spans.dense_mask().numpy())
+
+    # The context keeps the rows it had, and sees no open span.
+    context = mask[:num_context, :num_context]
+    assert not mask[:num_context, num_context:].any()
+    assert np.array_equal(context, unpack(PLANS[f"{case:02}_prev_mask"], context.shape))
+    earlier = [
+        SpanLayout.from_tokens(ids, PUBLISHED_TAGS, not joint) for joint in {False, is_joint}
+    ]
+    assert any(np.array_equal(context, layout.dense_mask().numpy()) for layout in earlier)
 
 
 @pytest.mark.parametrize("case", BROKEN_PLANS)

@@ -10,6 +10,7 @@ from golden_data import load_npz
 from on_backends import backend_fixture
 
 from pdiff_runtime import ops
+from pdiff_runtime.denoise import num_unmask
 from pdiff_runtime.ops import Impl
 
 DATA = load_npz("unmask")
@@ -32,7 +33,7 @@ def run(backend, token_ids, logits, *arguments, **settings):
 def quotas(case: dict) -> list[int]:
     """What the published schedule lets each span write in this step."""
     if case["alg"] != "pd_confidence_threshold":
-        return case["counts"]
+        return [num_unmask(m, case["i"], case["steps"]) for m in case["masked"]]
     steps_left = case["og_num_steps"] - case["i"]
     share = [m // steps_left if steps_left > 0 else 1 for m in case["masked"]]
     carry = case["left_before"] or [0] * len(share)
@@ -52,6 +53,7 @@ def test_step_writes_what_the_published_code_wrote(number, backend):
     spans = [masked[(masked > lo) & (masked < hi - 1)] for lo, hi, _ in field["block_info"]]
     row_position = np.concatenate(spans)
     assert np.array_equal(row_position, masked)
+    assert [len(span) for span in spans] == case["masked"]
 
     token_ids = torch.from_numpy(field["x_before"]).long()
     stats = run(
@@ -71,6 +73,12 @@ def test_step_writes_what_the_published_code_wrote(number, backend):
     assert np.allclose(stats.confidence, field["confidence"], rtol=1e-5, atol=1e-5)
     assert np.array_equal(row_position[stats.is_written.numpy()], field["chosen"])
     assert np.array_equal(token_ids, field["x_after"])
+    written = [int(np.isin(span, field["chosen"]).sum()) for span in spans]
+    assert written == case["counts"]
+    if "left_after" in case:  # what is held back is owed to the next step, if the span has as much
+        held_back = [quota - count for quota, count in zip(quotas(case), written, strict=True)]
+        left = [m - count for m, count in zip(case["masked"], written, strict=True)]
+        assert held_back == [min(pair) for pair in zip(case["left_after"], left, strict=True)]
 
 
 @pytest.mark.parametrize("number", FILTERS)
