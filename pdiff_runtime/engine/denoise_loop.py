@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime import ops
-from pdiff_runtime.denoise import RULES
+from pdiff_runtime.denoise import Progress
 from pdiff_runtime.engine.paged_attention import PagedAttention
-from pdiff_runtime.engine.request import Request, Span, Work, Write
+from pdiff_runtime.engine.request import Request, SpanKind, Work, Write
 from pdiff_runtime.engine.runner import Predicted, Runner
+from pdiff_runtime.engine.span import Span
 
 _ROW_BUCKET, _SPAN_BUCKET, _WORD_BUCKET = 64, 8, 4096
 _WARM_UP = 2  # steps of a shape before it is captured
@@ -47,23 +48,30 @@ class OpenSpan:
     @property
     def quota(self) -> int:
         """How many positions the step writes at most."""
-        return self.request.quota(self.num_masked, self.step_idx)
+        at = Progress(self.num_masked, self.step_idx, self.span.num_steps)
+        return self.request.rule.quota(at)
 
     @property
     def becomes_full(self) -> bool:
         """Whether the step is known to write the last masks."""
-        return self.num_masked > 0 and self._has_quota and self.quota == self.num_masked
+        return self.num_masked > 0 and self.has_fixed_quota and self.quota == self.num_masked
+
+    @property
+    def order_temperature(self) -> float:
+        """Temperature of the order of its positions."""
+        return self.request.rule.order_temperature(self.request.params.alg_temp)
 
     def after_step(self) -> OpenSpan:
         """What is known of it once the step has run."""
-        written = self.quota if self._has_quota else 0
+        written = self.quota if self.has_fixed_quota else 0
         return dataclasses.replace(
             self, num_masked=self.num_masked - written, step_idx=self.step_idx + 1
         )
 
     @property
-    def _has_quota(self) -> bool:
-        return RULES[self.request.params.unmask].has_quota
+    def has_fixed_quota(self) -> bool:
+        """Whether what a step writes at most is known ahead."""
+        return self.request.rule.has_fixed_quota
 
 
 class DenoiseLoop:
@@ -84,10 +92,14 @@ class DenoiseLoop:
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     def takes(self, works: Sequence[Work]) -> bool:
-        """Whether a batch is open spans only, under one rule, and nobody else needs its logits."""
+        """Whether a batch is open spans only, alike and steady, with logits that nobody reads."""
+        requests = [work.request for work in works]
         return (
-            len({work.request.params.unmask for work in works}) == 1
-            and all(w.spans and not w.context and not w.request.params.logprobs for w in works)
+            len({(r.rule, r.span_kind) for r in requests}) == 1
+            and requests[0].span_kind is not SpanKind.PUBLISHED
+            and not any(r.params.logprobs for r in requests)
+            and all(w.spans and not w.context for w in works)
+            and all(span.is_steady for work in works for span in work.spans)
             and sum(work.num_rows for work in works) <= self.runner.max_logits_rows
         )
 
@@ -95,7 +107,8 @@ class DenoiseLoop:
     def may_run_ahead(spans: Sequence[OpenSpan]) -> bool:
         """Whether the step after the one that is under way is over the same rows."""
         return not any(
-            span.becomes_full or (span.request.is_pinned and not span._has_quota) for span in spans
+            span.becomes_full or (span.request.is_pinned and not span.has_fixed_quota)
+            for span in spans
         )
 
     def start(self, works: list[Work]) -> list[OpenSpan]:
@@ -135,11 +148,12 @@ class DenoiseLoop:
             num_spans = _round_up(num_spans, _SPAN_BUCKET)
             num_words = _round_up(num_words, _WORD_BUCKET)
         params = [span.request.params for span in spans]
+        first = spans[0].request
         return _Shape(
-            num_rows, num_spans, num_words, params[0].unmask,
+            num_rows, num_spans, num_words, first.rule.kernel_rule, first.span_kind,
             samples=any(p.temperature for p in params),
             filters=any(p.top_p < 1.0 or p.top_k for p in params),
-            shuffles=any(p.alg_temp for p in params),
+            shuffles=any(span.order_temperature for span in spans),
         )  # fmt: skip
 
 
@@ -168,7 +182,8 @@ class _Shape:
     num_rows: int
     num_spans: int
     num_words: int
-    unmask: str
+    rule: ops.Rule
+    kind: SpanKind
     samples: bool
     filters: bool
     shuffles: bool
@@ -214,7 +229,8 @@ class _Step:
         for idx, each in enumerate(spans):
             end = each.row + each.span.num_rows
             span_of_row[each.row : end] = idx
-            is_content[each.row + 1 : end - 1] = True
+            lo, hi = (each.row + position - each.span.lo for position in each.span.content)
+            is_content[lo:hi] = True
             seeds[each.row : end] = each.request.seed
         self._set(self.token_ids, token_ids)
         self._set(self.positions, attend.positions)
@@ -228,7 +244,7 @@ class _Step:
         self._set(self.temperature, [p.temperature or 0.0 for p in params])
         self._set(self.top_p, [p.top_p for p in params])
         self._set(self.top_k, [p.top_k or 0 for p in params])
-        self._set(self.alg_temp, [p.alg_temp for p in params])
+        self._set(self.alg_temp, [span.order_temperature for span in spans])
         self._set(self.words, attend.plan.words)
         plan = attend.plan
         self.attend = PagedAttention(
@@ -296,16 +312,16 @@ class _Step:
         if not self.is_cuda:
             rows = rows[: int(cu_rows[-1])]  # free to read here
         at = rows.clamp(max=shape.num_rows - 1)
-        logits = runner.model.logits(hidden[at - 1], runner.project)
+        logits = runner.model.logits(hidden[at - runner.model.config.logits_shift], runner.project)
         stats = ops.unmask_(
             self.token_ids, logits, rows.int(), cu_rows, self.quota,
-            rule=RULES[shape.unmask].kernel_rule,
+            rule=shape.rule,
             threshold=self.threshold,
             temperature=self.temperature if shape.samples else 0.0,
             top_p=self.top_p if shape.filters else 1.0,
             top_k=self.top_k if shape.filters else 0,
             alg_temp=self.alg_temp if shape.shuffles else 0.0,
-            banned_ids=runner.banned_in_span,
+            banned_ids=runner.banned[shape.kind],
             seeds=self.seeds[at],
             step_idx=self.step_idx,
             positions=self.positions[at].int(),

@@ -30,15 +30,30 @@ from pdiff_runtime.engine.output import (
     SpanUpdate,
     Text,
 )
-from pdiff_runtime.engine.params import MAX_SEED, EngineConfig, GenerationParams
+from pdiff_runtime.engine.params import (
+    MAX_SEED,
+    ONE_SPAN_MODES,
+    PLAN_MODES,
+    EngineConfig,
+    GenerationParams,
+    Mode,
+)
 from pdiff_runtime.engine.reader import Decode
-from pdiff_runtime.engine.request import Limits, PlanRound, Request, Work
+from pdiff_runtime.engine.request import Limits, PlanRound, Request, SpanKind, Work
 from pdiff_runtime.engine.runner import Predicted, Runner
 from pdiff_runtime.engine.scheduler import Scheduler
 from pdiff_runtime.models.decoder import Decoder, Project, project_at_once
 from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import RowTiles
-from pdiff_runtime.plan import ControlTokens, PlanError, PlanGrammar, parse_plan, visible_text
+from pdiff_runtime.plan import (
+    ControlTokens,
+    PlanError,
+    PlanGrammar,
+    parse_plan,
+    published_text,
+    visible_text,
+)
+from pdiff_runtime.plan.control_tokens import MISSING
 
 
 class Engine:
@@ -72,16 +87,26 @@ class Engine:
         shape = model.config
         num_pages = -(-config.kv_cache_tokens // config.page_size)
         self.allocator = PageAllocator(num_pages)
-        grammar = PlanGrammar(
-            tags,
-            shape.vocab_size,
-            max_topic_tokens=config.max_topic_tokens,
-            max_topics=config.max_topics,
-            banned_ids=tuple(banned_ids),
-        )
-        self.limits = Limits(tags, grammar, shape.length_unit, config.draft_plan, config.page_size)
+        grammar = None
+        if tags.has_plan:
+            grammar = PlanGrammar(
+                tags,
+                shape.vocab_size,
+                max_topic_tokens=config.max_topic_tokens,
+                max_topics=config.max_topics,
+                banned_ids=tuple(banned_ids),
+            )
+        self.limits = Limits(
+            tags, grammar, shape.length_unit, config.draft_plan, config.page_size,
+            max_len=min(shape.max_position, num_pages * config.page_size),
+            full_attention=shape.full_attention, logits_shift=shape.logits_shift,
+        )  # fmt: skip
+        plan_masks = torch.empty(0, shape.vocab_size, dtype=torch.bool)
         ar_mask = torch.ones(shape.vocab_size, dtype=torch.bool)
-        ar_mask[[*(tags.control_ids - {tags.eos}), *banned_ids]] = False
+        ar_mask[
+            torch.tensor(sorted({*tags.control_ids, *banned_ids} - {tags.eos}), dtype=torch.int64)
+        ] = False
+        in_span = {*tags.banned_in_span, *banned_ids} - {tags.pad}
         weight = model.model.embed_tokens.weight
         self.runner = Runner(
             model,
@@ -90,8 +115,12 @@ class Engine:
                 num_heads_kv=shape.num_heads_kv, head_dim=shape.head_dim, dtype=weight.dtype,
                 device=weight.device,
             ),
-            banned_in_span=torch.tensor(sorted({*tags.banned_in_span, *banned_ids} - {tags.pad})),
-            plan_masks=grammar.masks,
+            banned={
+                SpanKind.TAGGED: torch.tensor(sorted(in_span), dtype=torch.int64),
+                SpanKind.CANVAS: torch.tensor(sorted(in_span - {tags.eos}), dtype=torch.int64),
+                SpanKind.PUBLISHED: torch.empty(0, dtype=torch.int64),
+            },
+            plan_masks=plan_masks if grammar is None else grammar.masks,
             ar_mask=ar_mask,
             max_logits_rows=config.max_logits_rows,
             project=_project(config),
@@ -176,7 +205,8 @@ class Engine:
         timeout_s: float | None = None,
     ) -> None:
         """Raise the ``ValueError`` that :meth:`add` would; safe from any thread."""
-        self._check_prompt(prompt_ids)
+        self._check_mode(params.mode)
+        self._check_prompt(prompt_ids, may_plan=params.compat == "published")
         self._check_plan(user_rounds)
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 1 << 31:
             raise ValueError(f"priority: expected a 32-bit integer, got {priority!r}")
@@ -186,8 +216,8 @@ class Engine:
             and 0 < timeout_s < float("inf")
         ):
             raise ValueError(f"timeout_s: expected a number above 0, got {timeout_s!r}")
-        if user_rounds and params.mode != "planned":
-            raise ValueError(f"plan: expected mode='planned' with it, got {params.mode!r}")
+        if user_rounds and params.mode not in PLAN_MODES:
+            raise ValueError(f"plan: expected a mode with plans, got {params.mode!r}")
         plan_tokens = sum(map(len, user_rounds)) - 1 if user_rounds else 0
         if plan_tokens > params.max_tokens:
             raise ValueError(
@@ -295,9 +325,9 @@ class Engine:
     def _forward(self, works: list[Work]) -> list[tuple[Work, Predicted]]:
         """Run the forward; where memory is short in halves, where it still is without the worst."""
         for request in [work.request for work in works if work.request.is_pinned]:
-            if request.usage.num_forwards == 0:
-                # As published, the tags of an empty span are never forwarded, yet they are read.
-                self.runner.cache.clear(request.private_pages())
+            # As published, the tags of an empty span are never forwarded, yet they are read.
+            if dirty := request.take_dirty_pages():
+                self.runner.cache.clear(dirty)
         try:
             if self._loop is not None and self._loop.takes(works):
                 spans = self._loop.start(works)
@@ -343,10 +373,11 @@ class Engine:
             request.publish()  # all that was computed, these logits have read
 
     def _denoised(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
-        request, writes = work.request, predicted.writes
-        plan_round, round_idx = request.open_round, len(request.rounds) - 1
+        request, plan_round = work.request, work.request.open_round
+        writes = [*predicted.writes, *request.implied_writes(work.spans, predicted.writes)]
+        round_idx = len(request.rounds) - 1
         positions, token_ids = [w.position for w in writes], [w.token_id for w in writes]
-        update = SpanUpdate(request.request_id, plan_round.step_idx, positions, token_ids)
+        update = SpanUpdate(request.request_id, plan_round.num_steps, positions, token_ids)
         events.append(update)
         for span_idx in request.accept_denoised(work.spans, writes):
             if span_idx >= len(plan_round.spans):
@@ -390,7 +421,10 @@ class Engine:
     def _output(self, request: Request) -> RequestOutput:
         assert request.finish_reason is not None
         answer = request.token_ids[request.prompt_len :]
-        text = visible_text(answer, self.tags, self.decode)
+        if request.is_published:
+            text = published_text(self.decode(answer))
+        else:
+            text = visible_text(answer, self.tags, self.decode)
         if request.reader is not None and request.reader.is_stopped:
             text = request.reader.text
         logprobs = None
@@ -423,12 +457,29 @@ class Engine:
 
     # --- what callers may ask for ---
 
-    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
+    def _check_mode(self, mode: Mode) -> None:
+        """Whether the model's tokens and logits are such that it can answer in a mode."""
+        shape, tags = self.model.config, self.tags
+        lacks = None
+        if mode not in ONE_SPAN_MODES and shape.logits_shift != 1:
+            lacks = "logits that predict the next token"
+        elif mode in PLAN_MODES and not tags.has_plan:
+            lacks = "the control tokens of plans"
+        elif mode in ONE_SPAN_MODES and tags.mask == MISSING:
+            lacks = "a mask token"
+        elif mode in ONE_SPAN_MODES and not (shape.full_attention or tags.has_plan):
+            lacks = "the tags of spans"
+        if lacks is not None:
+            raise ValueError(f"mode: {mode!r} needs {lacks}, which this model does not have")
+
+    def _check_prompt(self, prompt_ids: Sequence[int], *, may_plan: bool) -> None:
         if len(prompt_ids) == 0:
             raise ValueError("prompt: expected at least one token, got none")
         self._check_ids("prompt", prompt_ids)
         # Earlier replies of a conversation end in eos, and prompts may be padded.
         control = self.tags.control_ids - {self.tags.pad, self.tags.eos}
+        if may_plan:
+            control = frozenset()
         for position, token_id in enumerate(prompt_ids):
             if token_id in control:
                 raise ValueError(

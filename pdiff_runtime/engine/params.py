@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
 
 import torch
 
-from pdiff_runtime.denoise import RULES
+from pdiff_runtime.denoise import PUBLISHED_RULES, RULES
 
-Mode = Literal["planned", "ar", "diffusion"]
+Mode = Literal["planned", "ar", "diffusion", "fast_dllm", "skeleton"]
+PLAN_MODES = ("planned", "skeleton")
+ONE_SPAN_MODES = ("diffusion", "fast_dllm")
 UserRound = Sequence[int] | Sequence[tuple[str | Sequence[int], int]]
 """One round of a user's plan: the token ids of its text, ending in sync or eos, or a list of
 ``(topic, length)`` with the topic's words (or their token ids) and the span's length in tokens, a
@@ -21,6 +23,7 @@ MAX_TOKENS_LIMIT = 1 << 20
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS, MAX_STOP_LEN = 16, 1024
 MAX_SEED = (1 << 63) - 1
+FAST_DLLM_THRESHOLD = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,11 @@ class GenerationParams:
 
     Attributes:
         mode: "planned": a plan, then its spans at once; "ar": token by token, no control tags;
-            "diffusion": one span over the whole answer, ``max_tokens`` long with its two tags.
+            "diffusion": one span over the whole answer, ``max_tokens`` long with its two tags;
+            "fast_dllm": the same block by block (Fast-dLLM); "skeleton": a plan, then all its spans
+            at once, each token by token (skeleton-of-thought). Where the model is one whose prompt
+            and answer see each other both ways (Dream, LLaDA), the span of "diffusion" and
+            "fast_dllm" has no tags, and the answer ends at its first eos.
         max_tokens: Tokens after the prompt: plan, tags, spans with their pads, sync. What a plan
             leaves of them is dealt to its spans in reading order: one may be shortened, later ones
             dropped, and the answer ends with "length".
@@ -93,11 +100,18 @@ class GenerationParams:
         stop: Strings that end the answer, in reading order; the text is cut before the first one,
             and spans behind it are cancelled.
         logprobs: Return each token's log-probability.
-        unmask: The rule that orders positions, see :data:`pdiff_runtime.denoise.RULES`.
-        steps_ratio: Steps of a round per token of its longest span.
+        unmask: The rule that orders positions, see :data:`pdiff_runtime.denoise.RULES`: "entropy"
+            (the default), "maskgit_plus" (probability), "topk_margin" and "origin" (random order)
+            write as many per step as the schedule says; "confidence_threshold" as many as are sure
+            enough. Mode "fast_dllm" takes "confidence_threshold" and 0.9 by default.
+        steps_ratio: Steps of a round per token of its longest span, or of a block per its token.
+        num_steps: Steps of a round or block, in place of `steps_ratio`.
         threshold: Probability from which "confidence_threshold" writes a position.
         alg_temp: Temperature of the order of positions; 0 takes the most certain first.
         length_scale: Tokens per unit of a topic's number; None: the model's own unit.
+        block_len: Tokens of a block in mode "fast_dllm".
+        block_cache: What keeps its keys and values while a block is filled: "prefix", all before
+            it; "dual", all behind it too; "off", nothing.
         isolate_spans: Whether spans of a round are hidden from one another.
         kv_commit: "clean" (the default) recomputes a finished span's keys and values from its final
             tokens before anything reads them; "published" keeps those of its last denoising step.
@@ -105,6 +119,11 @@ class GenerationParams:
         use_grammar: Whether plan tokens are limited to what the plan grammar allows. Without it the
             model may write a malformed plan, which ends the answer with ``"invalid_plan"``.
         record_steps: Keep each step's writes in ``Round.history``.
+        compat: "published" answers as the published implementation does, mode "planned" only: no
+            grammar, a plan may begin in the prompt, a reply without topics is an error, nothing is
+            banned, spans overshoot `max_tokens` and the answer is cut, the threshold rule has
+            quotas with a carry; and None stands for kv_commit "published", top_k 50,
+            temperature 1.
     """
 
     mode: Mode = "planned"
@@ -116,20 +135,26 @@ class GenerationParams:
     n: int = 1
     stop: Sequence[str] = ()
     logprobs: bool = False
-    unmask: str = "entropy"
+    unmask: str | None = None
     steps_ratio: float = 1.0
+    num_steps: int | None = None
     threshold: float | None = None
     alg_temp: float = 0.0
     length_scale: float | None = None
+    block_len: int = 32
+    block_cache: Literal["prefix", "dual", "off"] = "prefix"
     isolate_spans: bool = True
     kv_commit: Literal["clean", "published"] | None = None
     plan: Sequence[UserRound] | None = None
     use_grammar: bool = True
     record_steps: bool = False
+    compat: Literal["published"] | None = None
 
     def __post_init__(self) -> None:
-        _expect(self.mode in ("planned", "ar", "diffusion"), "mode",
-                "'planned', 'ar' or 'diffusion'", self.mode)  # fmt: skip
+        _expect_one_of("mode", self.mode, get_args(Mode))
+        _expect(self.compat in (None, "published"), "compat", "None or 'published'", self.compat)
+        if self.compat is not None:
+            _expect(self.mode == "planned", "compat", "mode='planned' with it", self.mode)
         _expect_int("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
         if self.temperature is not None:
             _expect_number("temperature", self.temperature, 0.0, 1e4)
@@ -145,24 +170,49 @@ class GenerationParams:
         _expect(is_list, "stop", f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LEN} "
                 "characters", self.stop)  # fmt: skip
         object.__setattr__(self, "stop", tuple(stop))
-        is_rule = isinstance(self.unmask, str) and self.unmask in RULES
-        _expect(is_rule, "unmask", f"one of {sorted(RULES)}", self.unmask)
+        if self.unmask is not None:
+            _expect_one_of("unmask", self.unmask, RULES if self.compat is None else PUBLISHED_RULES)
+            if RULES[self.unmask].needs_threshold and self.threshold is None:
+                raise ValueError(f"threshold: {self.unmask!r} needs one, got None")
         _expect_number("steps_ratio", self.steps_ratio, 0.0, 1e3, low_is_open=True)
-        if RULES[self.unmask].needs_threshold and self.threshold is None:
-            raise ValueError(f"threshold: {self.unmask!r} needs one, got None")
+        if self.num_steps is not None:
+            _expect_int("num_steps", self.num_steps, 1, MAX_TOKENS_LIMIT)
         if self.threshold is not None:
-            _expect_number("threshold", self.threshold, 0.0, 1.0)
+            is_probability = self.unmask in (None, "confidence_threshold")
+            _expect_number("threshold", self.threshold, 0.0, 1.0 if is_probability else 1e4)
         _expect_number("alg_temp", self.alg_temp, 0.0, 1e4)
         if self.length_scale is not None:
             _expect_number("length_scale", self.length_scale, 0.0, 1e4, low_is_open=True)
+        _expect_int("block_len", self.block_len, 1, MAX_TOKENS_LIMIT)
+        _expect_one_of("block_cache", self.block_cache, ("prefix", "dual", "off"))
+        if self.mode == "skeleton":
+            _expect(self.isolate_spans is True, "isolate_spans", "True in mode 'skeleton'",
+                    self.isolate_spans)  # fmt: skip
         _expect(self.kv_commit in (None, "clean", "published"), "kv_commit",
                 "None, 'clean' or 'published'", self.kv_commit)  # fmt: skip
         if self.plan is not None:
-            _expect(self.mode == "planned", "plan", "mode='planned' with it", self.mode)
+            _expect(self.mode in PLAN_MODES, "plan", "a mode with plans", self.mode)
             is_list = isinstance(self.plan, Sequence) and not isinstance(self.plan, str | bytes)
             _expect(is_list and len(self.plan) > 0, "plan", "a list of rounds", self.plan)
         for name in ("isolate_spans", "use_grammar", "record_steps", "logprobs"):
             _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+
+    def resolved(self) -> GenerationParams:
+        """The same with the defaults of its mode where it says None; a seed is not drawn."""
+        is_published = self.compat == "published"
+        rule = "confidence_threshold" if self.mode == "fast_dllm" else "entropy"
+        temperature, top_k = (1.0, 50) if is_published else (0.0, 0)
+        threshold = self.threshold
+        if self.unmask is None and RULES[rule].needs_threshold and threshold is None:
+            threshold = FAST_DLLM_THRESHOLD
+        return dataclasses.replace(
+            self,
+            unmask=self.unmask or rule,
+            threshold=threshold,
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_k=top_k if self.top_k is None else self.top_k,
+            kv_commit=self.kv_commit or ("published" if is_published else "clean"),
+        )
 
     def resolve_seed(self) -> int:
         """The seed, drawn now if none was given."""
@@ -174,6 +224,11 @@ class GenerationParams:
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _expect_one_of(name: str, value: object, choices: Collection[str]) -> None:
+    is_one = isinstance(value, str) and value in choices
+    _expect(is_one, name, "one of " + ", ".join(map(repr, choices)), value)
 
 
 def _expect_int(name: str, value: object, low: int, high: int) -> None:

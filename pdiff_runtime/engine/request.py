@@ -21,12 +21,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pdiff_runtime.cache import PageAllocator, PageTable
-from pdiff_runtime.denoise import RULES, num_steps, num_unmask
-from pdiff_runtime.engine.errors import GenerationError, InvalidPlanError
+from pdiff_runtime.cache import OutOfPagesError, PageAllocator, PageTable
+from pdiff_runtime.denoise import PUBLISHED_RULES, RULES, UnmaskRule, num_steps
+from pdiff_runtime.engine.errors import GenerationError, InvalidPlanError, OutOfMemoryError
 from pdiff_runtime.engine.output import FinishReason, Usage
-from pdiff_runtime.engine.params import GenerationParams
+from pdiff_runtime.engine.params import ONE_SPAN_MODES, GenerationParams
 from pdiff_runtime.engine.reader import Decode, Reader
+from pdiff_runtime.engine.span import BlockSpan, BranchSpan, Span
 from pdiff_runtime.plan import (
     ControlTokens,
     PlanError,
@@ -39,6 +40,15 @@ from pdiff_runtime.plan import (
 
 Run = tuple[int, int, Literal["causal", "full"], tuple[tuple[int, int], ...]]
 """Positions ``[lo, hi)`` to forward, and the key intervals they see; see ``SpanLayout``."""
+
+
+class SpanKind(enum.Enum):
+    """Where a span lies, which decides what it must not contain."""
+
+    TAGGED = enum.auto()  # between its tags: no tag, no eos, no mask
+    CANVAS = enum.auto()  # a whole answer: eos ends it
+    PUBLISHED = enum.auto()  # whatever the model likes
+
 
 _ISOLATED, _JOINT = -1, -2  # end the prefix-cache keys of pages with spans
 
@@ -54,34 +64,8 @@ class Phase(enum.StrEnum):
     DONE = "done"
 
 
-@dataclasses.dataclass
-class Span:
-    """A span at positions ``[lo, hi)``, its two tags included.
-
-    Attributes:
-        masked: Positions that still hold the mask, ascending.
-        step_idx: Denoising steps it has seen.
-        is_started: It takes part in every forward from now on, and has its pages.
-    """
-
-    lo: int
-    hi: int
-    masked: list[int]
-    step_idx: int = 0
-    is_started: bool = False
-
-    @property
-    def content(self) -> tuple[int, int]:
-        """Positions between the tags."""
-        return self.lo + 1, self.hi - 1
-
-    @property
-    def num_rows(self) -> int:
-        return self.hi - self.lo
-
-
 def count_rows(spans: Sequence[Span]) -> int:
-    """Rows of spans together."""
+    """Rows of the next forward of spans together."""
     return sum(span.num_rows for span in spans)
 
 
@@ -90,14 +74,14 @@ class PlanRound:
     """Topics of one round, where its spans lie, and how far it is.
 
     Attributes:
-        num_steps: Of the schedule while the round is open, then those that ran.
-        step_idx: Forwards in which any of its spans was denoised.
+        num_steps: Forwards so far in which any of its spans was denoised.
+        num_added_steps: Steps beyond the schedule, for what a published threshold has rejected.
     """
 
     topics: list[Topic]
     spans: list[Span]
-    num_steps: int
-    step_idx: int = 0
+    num_steps: int = 0
+    num_added_steps: int = 0
     history: list[list[tuple[int, int]]] = dataclasses.field(default_factory=list)
 
     @property
@@ -167,13 +151,23 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request must know of its model and engine."""
+    """What a request must know of its model and engine.
+
+    Attributes:
+        grammar: None where the model has no tokens for plans.
+        max_len: Tokens that the model has positions and the cache has pages for.
+        full_attention: Whether a prompt and the one span behind it see each other both ways.
+        logits_shift: Logits row p predicts position ``p + logits_shift``.
+    """
 
     tags: ControlTokens
-    grammar: PlanGrammar
+    grammar: PlanGrammar | None
     length_unit: int
     draft_plan: bool
     page_size: int
+    max_len: int
+    full_attention: bool
+    logits_shift: int
 
 
 class Request:
@@ -182,6 +176,8 @@ class Request:
     Attributes:
         token_ids: Prompt and answer so far; open spans with their masks.
         computed: Positions before it have their final keys and values.
+        params: How to answer, defaults filled in.
+        rule: Chooses what a denoising step writes.
         priority, arrival: Requests are served in this order, the smallest first.
         deadline: Moment on the engine's clock at which it ends, finished or not.
         leader: Another request with the same prompt, whose pages this one waits for.
@@ -206,7 +202,10 @@ class Request:
         with_text: bool = False,
     ) -> None:
         self.request_id = request_id
-        self.params = params
+        self.params = params = params.resolved()
+        assert params.unmask is not None
+        self.is_published = params.compat == "published"
+        self.rule: UnmaskRule = (PUBLISHED_RULES if self.is_published else RULES)[params.unmask]
         self.seed = seed
         self.limits = limits
         self.tags = limits.tags
@@ -233,6 +232,7 @@ class Request:
         self._allocator = allocator
         self._chain: int | None = 0  # serial of the last page in the prefix cache; None: no more
         self._num_published = 0
+        self._num_cleared = 0
         self._page_keys: list[npt.NDArray[np.int64]] = []
         self._user_rounds = [list(map(int, tokens)) for tokens in user_rounds]
         self._plan_start = self.prompt_len
@@ -243,10 +243,12 @@ class Request:
         self._sync_logprob: float | None = None
         self._is_cut = False  # the budget shortened or dropped spans of the round
         self._rows: Rows | None = None
-        if params.mode == "diffusion":
-            self._open_spans([], [max(0, self.remaining - 2)])
-        else:
+        if not self._is_one_span:
             self._start_plan()
+        elif self.is_canvas:
+            self._open_canvas()
+        else:
+            self._open_spans([], [max(0, self.remaining - 2)])
 
     # --- where it stands ---
 
@@ -262,7 +264,25 @@ class Request:
     @property
     def is_pinned(self) -> bool:
         """Its keys and values can not be computed again, so its pages are never taken."""
-        return self.params.kv_commit == "published"
+        params = self.params
+        keeps_blocks = params.mode == "fast_dllm" and params.block_cache != "off"
+        return params.kv_commit == "published" or keeps_blocks
+
+    @property
+    def _is_one_span(self) -> bool:
+        return self.params.mode in ONE_SPAN_MODES
+
+    @property
+    def is_canvas(self) -> bool:
+        """Its one span has the prompt in it, no tags, and ends at the first eos."""
+        return self._is_one_span and self.limits.full_attention
+
+    @property
+    def span_kind(self) -> SpanKind:
+        """What its spans are."""
+        if self.is_published:
+            return SpanKind.PUBLISHED
+        return SpanKind.CANVAS if self.is_canvas else SpanKind.TAGGED
 
     @property
     def order(self) -> tuple[int, int]:
@@ -392,7 +412,7 @@ class Request:
             lo, hi, kind, _ = work.context[0]
             if kind == "causal" and hi - lo == 1:  # the next token: no arrays for one row
                 return Rows(work.context, _causal_row(hi), lo, self.pages.slot(lo))
-        runs = [*work.context, *(self._span_run(self.open_round, s.lo, s) for s in work.spans)]
+        runs = [*work.context, *(self._open_run(span) for span in work.spans)]
         if self._rows is None or self._rows.runs != runs:
             segments = [(hi - lo, kind, intervals) for lo, hi, kind, intervals in runs]
             num_keys = max(intervals[-1][1] for _, _, _, intervals in runs)
@@ -412,12 +432,6 @@ class Request:
         known = [*self.token_ids, *self._drafts] if self._drafts else self.token_ids
         return list(itertools.chain.from_iterable(known[lo:hi] for lo, hi, _, _ in rows.runs))
 
-    def quota(self, num_masked: int, step_idx: int) -> int:
-        """How many positions a step writes at most in a span with ``num_masked`` masks left."""
-        if not RULES[self.params.unmask].has_quota:
-            return num_masked
-        return num_unmask(num_masked, step_idx, self.open_round.num_steps)
-
     def _causal(self, lo: int, hi: int) -> Run:
         return lo, hi, "causal", ((0, hi),)
 
@@ -425,6 +439,14 @@ class Request:
         if self.params.isolate_spans:
             return lo, span.hi, "full", ((0, plan_round.lo), (span.lo, span.hi))
         return lo, span.hi, "full", ((0, plan_round.hi),)
+
+    def _open_run(self, span: Span) -> Run:
+        lo, hi, kind = span.window
+        if kind == "causal":
+            return lo, hi, kind, ((0, self.open_round.lo), (span.lo, hi))
+        if self.is_canvas:
+            return lo, hi, kind, ((0, span.hi),)
+        return lo, hi, kind, self._span_run(self.open_round, lo, span)[3]
 
     # --- what came of it ---
 
@@ -449,7 +471,7 @@ class Request:
         if self._plan_state is not None:
             self._plan_state.advance(token_id)
         self.computed = len(self.token_ids)
-        is_sync = token_id == self.tags.sync and self.params.mode == "planned"
+        is_sync = token_id == self.tags.sync and self.params.mode != "ar"
         if token_id == self.tags.eos or is_sync:
             self._close_plan(continues=is_sync, sync_logprob=logprob)
             return
@@ -461,6 +483,14 @@ class Request:
         if self.remaining == 0:
             self._close_plan(continues=False, is_cut=True)
 
+    def implied_writes(self, spans: Sequence[Span], writes: Sequence[Write]) -> list[Write]:
+        """What follows from a step's writes: a branch that has come to its pads says no more."""
+        if self.params.mode != "skeleton":
+            return []
+        ended = {write.position for write in writes if write.token_id == self.tags.pad}
+        behind = [p for span in spans if span.masked[0] in ended for p in span.masked[1:]]
+        return [Write(position, self.tags.pad) for position in behind]
+
     def accept_denoised(self, spans: Sequence[Span], writes: Sequence[Write]) -> list[int]:
         """One denoising step of ``spans``; returns which spans of the round have become full."""
         plan_round = self.open_round
@@ -470,23 +500,41 @@ class Request:
             if write.logprob is not None:
                 self.logprobs[write.position] = write.logprob
         written = {write.position for write in writes}
+        unmasked = {write.position for write in writes if write.token_id != self.tags.mask}
         full = []
         for span in spans:
-            span.step_idx += 1
-            if span.masked:
-                span.masked = [p for p in span.masked if p not in written]
-                if not span.masked:
-                    full.append(plan_round.spans.index(span))
+            was_open = bool(span.masked)
+            num_written = sum(position in written for position in span.masked)
+            span.stepped(num_written, self.rule.quota(span.progress))
+            span.unmasked(unmasked)
+            if was_open and not span.masked:
+                full.append(plan_round.spans.index(span))
+        if self.is_published:
+            self._give_up(spans, has_progress=bool(unmasked))
         if self.params.record_steps:
             plan_round.history.append([(w.position, w.token_id) for w in writes])
-        plan_round.step_idx += 1
+        plan_round.num_steps += 1
         if self._read_on():
             return full
-        if not any(span.masked for span in plan_round.spans):
+        if not any(span.masked for span in plan_round.spans) or self._ends_at_eos():
             self._close_round()
         elif full and (kept := self._kept()) is not None:
             self.pages.drop_all_but(kept, plan_round.lo)
         return full
+
+    def _give_up(self, spans: Sequence[Span], *, has_progress: bool) -> None:
+        """Let spans whose steps are over keep their masks, as the published loop does.
+
+        What its threshold rejects in the last step adds a step; without end where the mask is the
+        likeliest token, so here only as long as something is written.
+        """
+        plan_round = self.open_round
+        is_over = [span.step_idx >= span.num_steps + plan_round.num_added_steps for span in spans]
+        if any(is_over) and has_progress and any(span.carry for span in spans):
+            plan_round.num_added_steps += 1
+            return
+        for span in itertools.compress(spans, is_over):
+            span.masked = []
 
     def _start_plan(self) -> None:
         self._plan_start = len(self.token_ids)
@@ -494,7 +542,8 @@ class Request:
             self._take_user_plan()
             return
         self._plan_state = None
-        if self.params.mode == "planned" and self.params.use_grammar:
+        if self.params.mode != "ar" and self.params.use_grammar and not self.is_published:
+            assert self.limits.grammar is not None
             # The closing eos is not kept, so it has a place beyond the budget.
             self._plan_state = self.limits.grammar.start(self.remaining + 1)
 
@@ -510,11 +559,14 @@ class Request:
         self, *, continues: bool, is_cut: bool = False, sync_logprob: float | None = None
     ) -> None:
         """Lay out the spans that the plan announced, or end a reply without topics."""
-        if self.params.mode == "ar":
+        if self.params.mode == "ar" or (is_cut and self.is_published):
             self.finish("length" if is_cut else "stop")
             return
         try:
-            topics = parse_plan(self.token_ids[self._plan_start :], self.tags)
+            if self.is_published:  # from the last sync on, the prompt included
+                topics = parse_plan(self.token_ids, self.tags, compat="published")
+            else:
+                topics = parse_plan(self.token_ids[self._plan_start :], self.tags)
         except PlanError as error:
             if is_cut:
                 self.finish("length")
@@ -538,35 +590,91 @@ class Request:
         is_cut = False
         for length in lengths:
             room = self.remaining - 2
-            if room < min(1, length):
+            if room < min(1, length) and not self.is_published:
                 is_cut = True
                 break
-            if length > room:
+            if length > room and not self.is_published:
                 is_cut, length = True, room
             lo = len(self.token_ids)
             masks = [self.tags.mask] * length
             self.token_ids += [self.tags.async_start, *masks, self.tags.async_end]
-            spans.append(Span(lo, lo + length + 2, list(range(lo + 1, lo + 1 + length))))
+            hi = len(self.token_ids)
+            spans.append(self._new_span(lo, hi, (lo + 1, hi - 1)))
         if self._continues and self.remaining == 0:
             is_cut = True
-        longest = max((len(span.masked) for span in spans), default=0)
-        steps = num_steps(longest, self.params.steps_ratio)
-        self.rounds.append(PlanRound(topics, spans, steps))
+        self._open_round(topics, spans, is_cut=is_cut)
+
+    def _open_canvas(self) -> None:
+        """Make prompt and answer one span."""
+        self.token_ids += [self.tags.mask] * self.remaining
+        hi = len(self.token_ids)
+        self._open_round([], [self._new_span(0, hi, (self.prompt_len, hi))], is_cut=False)
+
+    def _new_span(self, lo: int, hi: int, content: tuple[int, int]) -> Span:
+        params = self.params
+        if params.mode == "skeleton":
+            return BranchSpan(lo, hi, content)
+        if params.mode == "fast_dllm":
+            cache = None if params.block_cache == "off" else params.block_cache
+            return BlockSpan(
+                lo, hi, content, block_len=params.block_len, cache=cache,
+                lead=self.limits.logits_shift,
+            )  # fmt: skip
+        return Span(lo, hi, content)
+
+    def _open_round(self, topics: list[Topic], spans: list[Span], *, is_cut: bool) -> None:
+        """Denoise these spans next, if there is anything to denoise and room for it."""
+        self.rounds.append(PlanRound(topics, spans))
         self._is_denoising = True
         self._is_cut = is_cut
+        if self.is_published and (error := self._published_failure()) is not None:
+            self.cut(spans[0].lo)
+            self.finish("error", error=error)
+            return
+        longest = max((len(span.masked) for span in spans), default=0)
+        if self.params.mode == "fast_dllm":
+            longest = min(longest, self.params.block_len)
+        for span in spans:
+            span.num_steps = self.params.num_steps or num_steps(longest, self.params.steps_ratio)
         if longest == 0:
             self._close_round()
+
+    def _published_failure(self) -> GenerationError | None:
+        """Why a round cannot run that the published implementation would let overshoot, or crash.
+
+        Pages for what overshoots are taken here, as nothing can be taken back later.
+        """
+        longest = max(len(span.masked) for span in self.open_round.spans)
+        if self.params.num_steps is None and int(longest * self.params.steps_ratio) < 1:
+            return InvalidPlanError(
+                f"steps_ratio: the longest span has {longest} tokens, and so no step at "
+                f"steps_ratio={self.params.steps_ratio}"
+            )
+        num_tokens = len(self.token_ids)
+        has_room = num_tokens <= self.limits.max_len
+        if has_room and self.is_running and self.is_pinned and self.remaining < 0:
+            try:
+                self.pages.grow(num_tokens)
+            except OutOfPagesError:
+                has_room = False
+        if has_room:
+            return None
+        return OutOfMemoryError(f"the plan's spans overshoot to {num_tokens} tokens: no room")
 
     def _close_round(self) -> None:
         """All spans are filled: end here, or commit them and let the sync open the next round."""
         plan_round = self.open_round
-        self._is_denoising = False
-        plan_round.num_steps = plan_round.step_idx
-        self.usage.critical_path += max((span.step_idx for span in plan_round.spans), default=0)
+        if self.is_canvas:
+            self._is_cut = not self._ends_at_eos()
+            self.cut(self._final_end())
+        elif self.remaining < 0:  # as published
+            self._is_cut = True
+            self.cut(self.prompt_len + self.params.max_tokens)
+        self._end_denoising()
         if self._is_cut or not self._continues:
             self.finish("length" if self._is_cut else "stop")
             return
-        if self.is_pinned and plan_round.step_idx > 0:
+        if self.is_pinned and plan_round.num_steps > 0:
             self.computed = plan_round.hi
         if self._sync_logprob is not None:
             self.logprobs[len(self.token_ids)] = self._sync_logprob
@@ -594,25 +702,36 @@ class Request:
 
     def _final_end(self) -> int:
         """The first position that may still change."""
+        end = len(self.token_ids)
         if self._is_denoising:
-            for span in self.open_round.spans:
-                if span.masked:
-                    return span.masked[0]
-        return len(self.token_ids)
+            masked = (span.masked[0] for span in self.open_round.spans if span.masked)
+            end = next(masked, end)
+            if self.is_canvas and self.tags.eos in (
+                answer := self.token_ids[self.prompt_len : end]
+            ):
+                end = self.prompt_len + answer.index(self.tags.eos)
+        return end
+
+    def _ends_at_eos(self) -> bool:
+        """Whether the answer's first eos has nothing but tokens before it."""
+        end = self._final_end()
+        return self.is_canvas and self.token_ids[end : end + 1] == [self.tags.eos]
 
     def cut(self, end: int | None = None) -> None:
         """Forget what is not final, or what lies behind ``end``, so that no mask is left."""
         end = self._final_end() if end is None else end
         del self.token_ids[end:]
-        if self._is_denoising:
-            self._is_denoising = False
-            plan_round = self.open_round
-            plan_round.num_steps = plan_round.step_idx
-            self.usage.critical_path += max((span.step_idx for span in plan_round.spans), default=0)
+        self._end_denoising()
         for plan_round in self.rounds:
             plan_round.spans = [span for span in plan_round.spans if span.lo < end]
             for span in plan_round.spans:
-                span.hi = min(span.hi, end + 1)
+                lo, hi = span.content
+                span.hi, span.content = min(span.hi, end), (lo, min(hi, end))
+
+    def _end_denoising(self) -> None:
+        if self._is_denoising:
+            self._is_denoising = False
+            self.usage.critical_path += max((s.step_idx for s in self.open_round.spans), default=0)
 
     def finish(self, reason: FinishReason, *, error: GenerationError | None = None) -> None:
         """End the request and give its pages back."""
@@ -629,7 +748,9 @@ class Request:
             self.reader.finish()
         answer = range(self.prompt_len, len(self.token_ids))
         usage, spans = self.usage, [span for r in self.rounds for span in r.spans]
-        usage.span_tokens = sum(min(span.hi, answer.stop) - span.lo for span in spans)
+        usage.span_tokens = sum(
+            min(span.hi, answer.stop) - max(span.lo, answer.start) for span in spans
+        )
         usage.plan_tokens = len(answer) - usage.span_tokens
         usage.pad_tokens = sum(
             self.token_ids[slice(*span.content)].count(self.tags.pad) for span in spans
@@ -639,11 +760,16 @@ class Request:
     # --- its pages ---
 
     @property
+    def num_pinned_tokens(self) -> int:
+        """Tokens whose pages a request takes at once where it never gives any back."""
+        return max(len(self.token_ids), self.prompt_len + self.params.max_tokens)
+
+    @property
     def num_pages_wanted(self) -> int:
         """How many more pages it will take soon: for all its tokens, and one for a plan to grow."""
         num_tokens = len(self.token_ids)
         if self.is_pinned:
-            num_tokens = self.prompt_len + self.params.max_tokens
+            num_tokens = self.num_pinned_tokens
         num_pages = -(-num_tokens // self.limits.page_size)
         is_growing = not (self._is_denoising or self.is_pinned)
         return num_pages + is_growing - self.pages.num_pages
@@ -656,7 +782,7 @@ class Request:
         self._drafts = []
         self.usage.num_preemptions += 1
         for span in self.open_round.spans if self._is_denoising else ():
-            span.is_started = False
+            span.lose_pages()
 
     def give_back(self) -> None:
         """Give the pages back, so that nothing is computed."""
@@ -717,6 +843,12 @@ class Request:
                 return
             self._chain = serial
             self._num_published += 1
+
+    def take_dirty_pages(self) -> list[int]:
+        """Pages taken since the last call; they hold what others have left in them."""
+        start = max(self._num_cleared, self._num_published)
+        self._num_cleared = self.pages.num_pages
+        return self.pages.held(start)
 
     def private_pages(self) -> list[int]:
         """Pages that no other request has seen."""

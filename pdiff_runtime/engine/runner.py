@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypedDict, TypeVar
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
-from pdiff_runtime.denoise import RULES
 from pdiff_runtime.engine.paged_attention import PagedAttention
-from pdiff_runtime.engine.request import Request, Rows, Span, Work, Write, count_rows
+from pdiff_runtime.engine.request import Request, Rows, SpanKind, Work, Write, count_rows
+from pdiff_runtime.engine.span import Span
 from pdiff_runtime.models.decoder import Decoder, Project
 from pdiff_runtime.plan import SpanLayout
 
@@ -46,7 +46,7 @@ class Runner:
     Args:
         model: The decoder.
         cache: Its paged keys and values.
-        banned_in_span: ``[num_banned]`` int64 ids that no span may contain.
+        banned: ``[num_banned]`` int64 ids that a span of each kind must not contain.
         plan_masks: ``[num_states, vocab_size]`` bool, what each grammar state allows.
         ar_mask: ``[vocab_size]`` bool, what mode "ar" allows.
         max_logits_rows: Logits rows computed at once; one span is never cut.
@@ -59,7 +59,7 @@ class Runner:
         model: Decoder,
         cache: KVCache,
         *,
-        banned_in_span: Tensor,
+        banned: Mapping[SpanKind, Tensor],
         plan_masks: Tensor,
         ar_mask: Tensor,
         max_logits_rows: int,
@@ -68,7 +68,7 @@ class Runner:
     ) -> None:
         self.model, self.cache = model, cache
         self.device = cache.k[0].device
-        self.banned_in_span = banned_in_span.to(self.device)
+        self.banned = {kind: ids.to(self.device) for kind, ids in banned.items()}
         masks = [*plan_masks, ar_mask]
         self._ar_mask_idx = len(masks) - 1
         self._token_masks = [_TokenMask(mask.to(self.device)) for mask in masks]
@@ -95,16 +95,16 @@ class Runner:
                 self._write_next(hidden, next_rows[start : start + self.max_logits_rows])
 
         open_spans = [
-            _OpenSpan(work, seen, span, row - span.lo)
+            _OpenSpan(work, seen, span, row - span.window[0])
             for work, seen, end in zip(works, predicted, first_row[1:], strict=True)
             for span, row in _span_rows(work, end)
             if span.masked
         ]
         with self._phase("denoise"):
-            for rule in RULES:
-                of_rule = [s for s in open_spans if s.request.params.unmask == rule]
-                for part in _parts(of_rule, self.max_logits_rows):
-                    self._denoise(hidden, part, rule)
+            for call in dict.fromkeys(span.call for span in open_spans):
+                alike = [span for span in open_spans if span.call == call]
+                for part in _parts(alike, self.max_logits_rows):
+                    self._denoise(hidden, part, *call)
         return predicted
 
     def inputs(
@@ -191,11 +191,18 @@ class Runner:
             row.predicted.logprobs.append(logprob)
             row.predicted.is_nan |= is_nan
 
-    def _denoise(self, hidden: Tensor, spans: Sequence[_OpenSpan], rule: str) -> None:
+    def _denoise(
+        self, hidden: Tensor, spans: Sequence[_OpenSpan], rule: ops.Rule, kind: SpanKind
+    ) -> None:
         """One unmasking step over the open spans of many requests."""
-        positions = [p for span in spans for p in span.span.masked]
-        rows = [span.row_shift + p - 1 for span in spans for p in span.span.masked]
-        cu_rows = list(itertools.accumulate((len(s.span.masked) for s in spans), initial=0))
+        candidates = [span.span.candidates for span in spans]
+        positions = [position for of_span in candidates for position in of_span]
+        rows = [
+            span.row_shift + position - self.model.config.logits_shift
+            for span, of_span in zip(spans, candidates, strict=True)
+            for position in of_span
+        ]
+        cu_rows = list(itertools.accumulate(map(len, candidates), initial=0))
         requests = [span.request for span in spans]
         wants_logprob = [
             row
@@ -210,14 +217,20 @@ class Runner:
             logits,
             self._count(len(rows)),
             self._tensor(cu_rows, torch.int32),
-            self._tensor(
-                [s.request.quota(len(s.span.masked), s.span.step_idx) for s in spans], torch.int32
-            ),
-            rule=RULES[rule].kernel_rule,
+            self._tensor([s.request.rule.quota(s.span.progress) for s in spans], torch.int32),
+            rule=rule,
             threshold=self._tensor([r.params.threshold or 0.0 for r in requests], torch.float32),
-            alg_temp=self._setting([r.params.alg_temp for r in requests], torch.float32),
-            banned_ids=self.banned_in_span,
-            seeds=self._tensor([s.request.seed for s in spans for _ in s.span.masked]),
+            alg_temp=self._setting(
+                [r.rule.order_temperature(r.params.alg_temp) for r in requests], torch.float32
+            ),
+            banned_ids=self.banned[kind],
+            seeds=self._tensor(
+                [
+                    r.seed
+                    for r, n in zip(requests, map(len, candidates), strict=True)
+                    for _ in range(n)
+                ]
+            ),
             step_idx=self._tensor([s.span.step_idx for s in spans], torch.int32),
             positions=self._tensor(positions, torch.int32),
             **self._sampling(requests),
@@ -338,6 +351,11 @@ class _OpenSpan:
     def request(self) -> Request:
         return self.work.request
 
+    @property
+    def call(self) -> tuple[ops.Rule, SpanKind]:
+        """Spans where it is the same can be unmasked by one call of the kernel."""
+        return self.request.rule.kernel_rule, self.request.span_kind
+
 
 class _Sampling(TypedDict):
     temperature: float | Tensor
@@ -358,7 +376,7 @@ def _parts(spans: list[_OpenSpan], max_rows: int) -> Iterator[list[_OpenSpan]]:
     part: list[_OpenSpan] = []
     rows = 0
     for span in spans:
-        num_rows = len(span.span.masked)
+        num_rows = len(span.span.candidates)
         if part and rows + num_rows > max_rows:
             yield part
             part, rows = [], 0

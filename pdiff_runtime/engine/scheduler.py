@@ -92,7 +92,7 @@ class Scheduler:
                 request.give_back()
                 return
             if request.is_pinned:
-                request.pages.grow(request.prompt_len + request.params.max_tokens)
+                request.pages.grow(request.num_pinned_tokens)
             if request.usage.num_preemptions == 0:
                 request.usage.cached_tokens = request.computed
             self.waiting.remove(request)

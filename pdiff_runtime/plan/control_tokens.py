@@ -18,6 +18,12 @@ PUBLISHED_NAMES: Mapping[str, str] = {
 }
 """How the published models spell the tags."""
 
+PLAN_TAGS = ("topic_start", "topic_end", "async_start", "async_end", "sync")
+"""Fields of the tags that plans are written in."""
+
+MISSING = -1
+"""In place of the id of a tag that a vocabulary lacks."""
+
 # Merging tokenizers merge pairs, or up to three digits, or only at the start of a word.
 _DIGIT_PROBES = ("12", "99", "10", "2024", "a 12", "a12")
 
@@ -25,6 +31,9 @@ _DIGIT_PROBES = ("12", "99", "10", "2024", "a 12", "a12")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlTokens:
     """Control token ids of one vocabulary.
+
+    A model that writes no plans may lack any tag but eos, whose ids are :data:`MISSING` then, and
+    needs no digits.
 
     Attributes:
         topic_start, topic_end: Tags around a topic of the plan.
@@ -36,7 +45,8 @@ class ControlTokens:
         digits: Ids of the single-digit tokens 0 to 9, in that order.
 
     Raises:
-        ValueError: An id is no int or negative, two are equal, or there are not ten digits.
+        ValueError: An id is no int or negative, two are equal, there are not ten digits, or some
+            tags of plans are missing and others not.
     """
 
     topic_start: int
@@ -51,9 +61,13 @@ class ControlTokens:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digits", tuple(self.digits))
-        if len(self.digits) != 10:
-            raise ValueError(f"digits: expected 10 ids, got {len(self.digits)}")
         named = {name: getattr(self, name) for name in PUBLISHED_NAMES}
+        missing = [name for name, token_id in named.items() if token_id == MISSING]
+        if "eos" in missing or 0 < len(set(missing) & set(PLAN_TAGS)) < len(PLAN_TAGS):
+            raise ValueError(f"{missing[0]}: expected an int >= 0, got {MISSING}")
+        named = {name: token_id for name, token_id in named.items() if name not in missing}
+        if len(self.digits) != 10 and (self.has_plan or self.digits):
+            raise ValueError(f"digits: expected 10 ids, got {len(self.digits)}")
         named |= {f"digits[{digit}]": token_id for digit, token_id in enumerate(self.digits)}
         owner: dict[int, str] = {}
         for name, token_id in named.items():
@@ -66,9 +80,14 @@ class ControlTokens:
             owner[token_id] = name
 
     @property
+    def has_plan(self) -> bool:
+        """Whether the vocabulary has the tags that plans are written in."""
+        return self.sync != MISSING
+
+    @property
     def control_ids(self) -> frozenset[int]:
-        """The eight tag ids, without the digits: what a prompt must not contain."""
-        return frozenset(getattr(self, name) for name in PUBLISHED_NAMES)
+        """The ids of the tags there are, without the digits: what a prompt must not contain."""
+        return frozenset(getattr(self, name) for name in PUBLISHED_NAMES) - {MISSING}
 
     @property
     def banned_in_span(self) -> tuple[int, ...]:
@@ -76,13 +95,17 @@ class ControlTokens:
         return tuple(sorted(self.control_ids - {self.pad}))
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, *, names: Mapping[str, str] | None = None) -> Self:
+    def from_tokenizer(
+        cls, tokenizer: Any, *, names: Mapping[str, str] | None = None, needs_plan: bool = True
+    ) -> Self:
         """Look the ids up in a tokenizer.
 
         Args:
             tokenizer: A ``tokenizers.Tokenizer``, a Hugging Face tokenizer, or any object with
                 ``token_to_id(str) -> int | None`` and ``encode(str) -> ids``.
             names: Tag spellings that differ from :data:`PUBLISHED_NAMES`, by field name.
+            needs_plan: False accepts a vocabulary that has none of the tags of plans; pad and mask
+                may be missing then too, and digits are not looked up.
 
         Raises:
             ValueError: An unknown field in ``names``; tags that the vocabulary lacks or splits (all
@@ -96,11 +119,15 @@ class ControlTokens:
         token_to_id, encode = _token_to_id(tokenizer), _encode(tokenizer)
         title = _title(tokenizer)
 
+        known = {field: token_to_id(name) for field, name in spelling.items()}
+        has_plan = needs_plan or any(known[field] is not None for field in PLAN_TAGS)
         ids: dict[str, int] = {}
         problems = []
         for field, name in spelling.items():
-            token_id = token_to_id(name)
-            if token_id is None:
+            token_id = known[field]
+            if token_id is None and not has_plan and field != "eos":
+                ids[field] = MISSING
+            elif token_id is None:
                 problems.append(f"{field} {name!r} is missing")
             elif (pieces := encode(name)) != [token_id]:
                 problems.append(f"{field} {name!r} splits into {len(pieces)} tokens {pieces}")
@@ -110,7 +137,7 @@ class ControlTokens:
             raise ValueError(
                 f"{title}: expected every control tag to be one token, got: {'; '.join(problems)}"
             )
-        return cls(**ids, digits=_digit_ids(encode, title))
+        return cls(**ids, digits=_digit_ids(encode, title) if has_plan else ())
 
 
 def _digit_ids(encode: Callable[[str], list[int]], title: str) -> tuple[int, ...]:
