@@ -10,7 +10,7 @@ from golden_data import load_npz
 from on_backends import backend_fixture
 
 from pdiff_runtime import ops
-from pdiff_runtime.denoise import num_unmask
+from pdiff_runtime.denoise import PUBLISHED_RULES, Progress
 from pdiff_runtime.ops import Impl
 
 DATA = load_npz("unmask")
@@ -32,14 +32,12 @@ def run(backend, token_ids, logits, *arguments, **settings):
 
 def quotas(case: dict) -> list[int]:
     """What the published schedule lets each span write in this step."""
-    if case["alg"] != "pd_confidence_threshold":
-        return [num_unmask(m, case["i"], case["steps"]) for m in case["masked"]]
-    steps_left = case["og_num_steps"] - case["i"]
-    share = [m // steps_left if steps_left > 0 else 1 for m in case["masked"]]
-    carry = case["left_before"] or [0] * len(share)
+    rule = PUBLISHED_RULES[case["alg"].removeprefix("pd_")]
+    num_steps = case.get("og_num_steps") or case["steps"]
+    carry = case.get("left_before") or [0] * len(case["masked"])
     return [
-        min(m, min(m, max(1, k)) + left)
-        for m, k, left in zip(case["masked"], share, carry, strict=True)
+        rule.quota(Progress(num_masked, case["i"], num_steps, left))
+        for num_masked, left in zip(case["masked"], carry, strict=True)
     ]
 
 
