@@ -17,7 +17,7 @@ from golden_data import GOLDEN, load_json, load_npz
 from tiny_engine import DirtyAllocator, letters
 
 from pdiff_runtime import ControlTokens, Decoder, EngineConfig, GenerationParams, ops
-from pdiff_runtime.engine import Engine, RequestOutput
+from pdiff_runtime.engine import Engine, GenerationError, InvalidPlanError, RequestOutput
 from pdiff_runtime.engine.output import Finished
 from pdiff_runtime.models import ModelConfig
 from pdiff_runtime.models.attention import rotate
@@ -47,10 +47,9 @@ def model() -> Decoder:
 
 
 def params_of(case: dict, **changes: object) -> GenerationParams:
-    max_tokens = case.get("max_new_tokens") or case["max_length"] - 12
-    return GenerationParams(
+    params = GenerationParams(
         compat="published",
-        max_tokens=max_tokens,
+        max_tokens=case.get("max_new_tokens") or case["max_length"] - 12,
         temperature=case["temperature"],
         top_p=case["top_p"] or 1.0,
         top_k=None if case["top_k_is_default"] else case["top_k"] or 0,
@@ -60,8 +59,8 @@ def params_of(case: dict, **changes: object) -> GenerationParams:
         length_scale=case["length_scale"],
         isolate_spans=not case["dense"],
         record_steps=True,
-        **changes,
     )
+    return dataclasses.replace(params, **changes)
 
 
 @dataclasses.dataclass
@@ -81,10 +80,12 @@ class Recorded:
 
 
 def run_scripted(
-    model: Decoder, case: int, monkeypatch: pytest.MonkeyPatch, **changes: object
-) -> Recorded:
+    model: Decoder, case: int, monkeypatch: pytest.MonkeyPatch, *, kv_cache_tokens: int = 1024,
+    **changes: object,
+) -> Recorded:  # fmt: skip
     tags, meta = golden_tags(), META[case]
-    engine = Engine(model, tags, EngineConfig(page_size=16, kv_cache_tokens=1024), letters)
+    config = EngineConfig(page_size=16, kv_cache_tokens=kv_cache_tokens)
+    engine = Engine(model, tags, config, letters)
     engine.allocator = engine.scheduler.allocator = DirtyAllocator(engine, 7.0)
     runner, script = engine.runner, iter(DATA[f"{case:02d}_script"].tolist())
     ar_logits: list[torch.Tensor] = []
@@ -213,3 +214,123 @@ def test_frozen_keys_and_values(model, monkeypatch):
             torch.testing.assert_close(k[:num_tokens], expected, rtol=0, atol=1e-4)
             value = torch.from_numpy(DATA[f"{key}_v"]).unflatten(-1, (2, -1))
             torch.testing.assert_close(v[:num_tokens], value, rtol=0, atol=1e-4)
+
+
+OURS = {"compat": None, "use_grammar": False}
+"""What callers get who ask for nothing; the script itself writes valid plans or not."""
+
+
+def test_our_default_is_the_uncached_run(model, monkeypatch):
+    """Where nothing is banned that the model would write, clean keys are the only difference."""
+    case = next(c for c, meta in enumerate(META) if meta["name"] == "two_rounds_pd_topk_margin_0.5")
+    candidates = [DATA[f"{case:02d}_r{idx}_x0"] for idx in range(2)]
+    banned = set(np.concatenate([c.ravel() for c in candidates]).tolist())
+    assert not banned & golden_tags().control_ids
+    run = run_scripted(model, case, monkeypatch, **OURS, top_k=50)
+    sequence = np.array([*DATA[f"{case:02d}_prompt"].tolist(), *run.output.token_ids])
+    cached, uncached = (DATA[f"{case:02d}_{kind}sequence"] for kind in ("", "uncached_"))
+    assert np.array_equal(sequence, uncached)
+    first_sync = np.flatnonzero(sequence == golden_tags().sync)[0]
+    assert np.array_equal(sequence[: first_sync + 1], cached[: first_sync + 1])
+    assert not np.array_equal(sequence, cached)  # frozen keys: other tokens behind the sync
+
+
+def test_our_default_bans_control_tokens_in_spans(model, monkeypatch):
+    case = next(c for c, meta in enumerate(META) if meta["name"] == "top_p_0.9_pd_entropy_0.5")
+    tags = golden_tags()
+
+    def spans_of(output: RequestOutput) -> set[int]:
+        writes = [write for r in output.rounds for step in r.history for write in step]
+        return {token_id for _, token_id in writes}
+
+    banned = set(tags.banned_in_span)
+    assert spans_of(run_scripted(model, case, monkeypatch).output) & banned
+    monkeypatch.undo()
+    assert not spans_of(run_scripted(model, case, monkeypatch, **OURS).output) & banned
+
+
+def test_our_default_threshold_has_no_quota(model, monkeypatch):
+    """Every position that is sure enough is written at once, and at least one per step."""
+    case = next(c for c, m in enumerate(META) if m["name"] == "dense_pd_confidence_threshold_0.5")
+    threshold = META[case]["threshold"]
+    run = run_scripted(model, case, monkeypatch, **OURS)
+    steps = iter(run.steps)
+    for plan_round in run.output.rounds:
+        for writes in plan_round.history:
+            positions, confidence, _ = next(steps)
+            sure = {p for p, c in zip(positions, confidence, strict=True) if c >= threshold}
+            assert sure <= {position for position, _ in writes}
+
+
+def test_our_default_spans_fit_the_budget(model, monkeypatch):
+    case = next(c for c, meta in enumerate(META) if meta["name"] == "maxlen_cuts_round1_diffusion")
+    ours = run_scripted(model, case, monkeypatch, **OURS).output
+    monkeypatch.undo()
+    published = run_scripted(model, case, monkeypatch).output
+    assert len(ours.token_ids) == len(published.token_ids) == META[case]["max_length"] - 12
+    assert ours.finish_reason == published.finish_reason == "length"
+    assert ours.token_ids[-1] == golden_tags().async_end  # a shorter span, not half of a longer one
+    assert published.token_ids[-1] != golden_tags().async_end
+
+
+def test_our_default_wants_a_plan_by_the_grammar(model, monkeypatch):
+    """A length of 0 is none to us; the published implementation lays out an empty span."""
+    case = next(c for c, meta in enumerate(META) if meta["name"] == "zero_size_span_pd_entropy_0.5")
+    ours = run_scripted(model, case, monkeypatch, **OURS).output
+    assert ours.finish_reason == "invalid_plan"
+    assert isinstance(ours.error, InvalidPlanError)
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "message"),
+    [
+        ([7, 8, "eos"], {}, "expected a topic from position 0 on, got none"),
+        (["topic_start", 7, "topic_end", "eos"], {}, "expected a topic with a digit"),
+        (["topic_start", 7, "2", "eos"], {}, "expected a topic from position 0 on"),
+        (["topic_start", 7, "2", "topic_end", "eos"], {"steps_ratio": 0.04}, "has 20 tokens"),
+        (["topic_start", 7, "0", "topic_end", "sync"], {}, "has 0 tokens"),
+        (["topic_start", 7, "9", "9", "topic_end", "eos"], {}, "overshoot to 1000 tokens: no room"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kv_commit", ["clean", "published"])
+def test_what_crashes_the_published_code_is_a_typed_error(
+    script, changes, message, kv_commit, model, monkeypatch
+):
+    """It ends that request alone, and its pages are free."""
+    tags = golden_tags()
+    ids = {str(digit): token_id for digit, token_id in enumerate(tags.digits)} | vars(tags)
+    token_ids = [ids.get(token, token) for token in script]
+    monkeypatch.setitem(META[0], "max_length", 112)
+    monkeypatch.setitem(DATA, "00_script", np.array(token_ids))
+    monkeypatch.setitem(DATA, "00_prompt", np.array([7, 9, 11]))
+    changes = {"kv_commit": kv_commit, **changes}
+    output = run_scripted(model, 0, monkeypatch, kv_cache_tokens=256, **changes).output
+    assert output.finish_reason in ("invalid_plan", "error")
+    assert isinstance(output.error, GenerationError)
+    assert message in str(output.error)
+
+
+def test_a_plan_may_begin_in_the_prompt(model):
+    """As published: topics of the prompt count, and its control tokens are not refused."""
+    tags = golden_tags()
+    prompt = [7, tags.topic_start, 8, tags.digits[1], tags.topic_end]
+    engine = Engine(model, tags, EngineConfig(page_size=16), letters)
+    with pytest.raises(ValueError, match="control token"):
+        engine.add("ours", prompt, GenerationParams())
+    plan = [[tags.topic_start, 9, tags.digits[2], tags.topic_end, tags.eos]]
+    engine.add("published", prompt, GenerationParams(compat="published", temperature=0), plan)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    output = next(event.output for event in events if isinstance(event, Finished))
+    assert output.rounds[0].lengths == [10, 20]
+
+
+def test_an_added_step_that_writes_nothing_adds_no_other(model, monkeypatch):
+    """The mask as the likeliest token everywhere: the published threshold rule never ends."""
+    forced = {"force_mask": range(400), "threshold": 1.0, "alg": "pd_confidence_threshold"}
+    for name, value in forced.items():
+        monkeypatch.setitem(META[0], name, value)
+    output = run_scripted(model, 0, monkeypatch).output
+    assert output.finish_reason == "stop"
+    assert output.token_ids.count(golden_tags().mask) == sum(sum(r.lengths) for r in output.rounds)
