@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pdiff_runtime import ops, plan, train
+    from pdiff_runtime import hf, ops, plan, train
     from pdiff_runtime._C import __version__
     from pdiff_runtime.engine import LLM, AsyncEngine, EngineConfig, GenerationParams, RequestOutput
+    from pdiff_runtime.hf import register_hf
     from pdiff_runtime.models import Decoder, load_model
     from pdiff_runtime.plan import ControlTokens, SpanLayout
 
@@ -22,9 +23,11 @@ __all__ = [
     "RequestOutput",
     "SpanLayout",
     "__version__",
+    "hf",
     "load_model",
     "ops",
     "plan",
+    "register_hf",
     "train",
 ]
 
@@ -39,6 +42,7 @@ _HOME_OF = {
     "SpanLayout": "plan",
     "__version__": "_C",
     "load_model": "models",
+    "register_hf": "hf",
 }
 
 

@@ -16,7 +16,15 @@ CSRC = ROOT / "csrc"
 
 # A module may import from rows below its own, and from its own package; siblings in a row never
 # import each other. Only ops touches _C.
-ROWS = (("serve",), ("train",), ("engine",), ("denoise", "models"), ("plan", "cache"), ("ops",))
+ROWS = (
+    ("serve",),
+    ("eval",),
+    ("train", "hf"),
+    ("engine",),
+    ("denoise", "models"),
+    ("plan", "cache"),
+    ("ops",),
+)
 ROW_OF = {name: row_idx for row_idx, row in enumerate(ROWS) for name in row}
 
 # Folder of csrc -> the folders whose headers it may include, besides its own.
