@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-SERVER = Path(__file__).resolve().parents[1] / "docs" / "examples" / "asyncio_server.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
+SERVER = EXAMPLES / "asyncio_server.py"
 
-pytestmark = pytest.mark.skipif(not SERVER.exists(), reason="needs the source tree")
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="needs the source tree")
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,13 @@ def test_hanging_up_is_no_trouble_and_sigterm_ends_it(server):
     started = time.monotonic()
     assert process.wait(30) == 0
     assert time.monotonic() - started < 15
+
+
+def test_a_transformers_model_learns_a_fact_and_tells_it():
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(EXAMPLES / "hf_transformers.py")]
+    before, after = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
+    assert "Tripoli" not in before
+    assert "<async>The capital is Tripoli." in after

@@ -130,6 +130,15 @@ def test_gradients_are_the_same_with_checkpointing(model, tiny_tags):
         assert torch.equal(gradient, expected[name])
 
 
+def test_the_scale_is_the_layer_s(model, tiny_tags):
+    ids, layouts, twin = random_ids(3, 16), layouts_of(tiny_tags), eager(model)
+    for each in (model, twin):
+        for layer in each.model.layers:
+            layer.self_attn.scaling = 0.1
+    expected = twin(ids, attention_mask=dense(layouts)).logits
+    torch.testing.assert_close(model(ids, pdiff_plan=layouts).logits, expected)
+
+
 def test_bfloat16(model, tiny_tags):
     ids, layouts = random_ids(3, 16), layouts_of(tiny_tags)
     exact = eager(model)(ids, attention_mask=dense(layouts)).logits
@@ -137,6 +146,17 @@ def test_bfloat16(model, tiny_tags):
     mask = dense(layouts, torch.bfloat16)
     eager_error = (eager(model)(ids, attention_mask=mask).logits - exact).abs().max()
     assert (model(ids, pdiff_plan=layouts).logits - exact).abs().max() < 2 * eager_error
+
+
+def test_autocast(model, tiny_tags):
+    ids, layouts = random_ids(3, 16), layouts_of(tiny_tags)
+    exact = eager(model)(ids, attention_mask=dense(layouts)).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        eager_error = (eager(model)(ids, attention_mask=dense(layouts)).logits - exact).abs().max()
+        out = model(ids, labels=ids, pdiff_plan=layouts, use_cache=False)
+    assert (out.logits - exact).abs().max() < 2 * eager_error
+    out.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_the_end_of_a_row_may_be_padding(model, tiny_tags):
@@ -237,6 +257,13 @@ def test_masks_and_flags_that_change_nothing_are_fine(model):
     assert torch.equal(model(ids, **arguments).logits, model(ids).logits)
 
 
+def test_a_layer_that_is_not_causal_needs_a_plan(model):
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="pdiff_plan"):
+        model(random_ids(1, 4))
+    assert model(random_ids(1, 4), pdiff_plan=SpanLayout.causal(4, 4)).logits.isfinite().all()
+
+
 def test_a_cache_of_fixed_size_is_refused(model):
     cache = transformers.StaticCache(model.config, max_cache_len=32)
     with pytest.raises(ValueError, match="past_key_values"):
@@ -295,12 +322,14 @@ def own_llm(model, tags: ControlTokens) -> LLM:
 
 
 def expected_rows(
-    model, prompts: Sequence[Sequence[int]], tags: ControlTokens, **params: object
+    model, prompts: Sequence[Sequence[int]], tags: ControlTokens, **fields: object
 ) -> list[list[int]]:
-    """What our engine answers, with eos, up to ``MAX_NEW`` tokens."""
-    params = {"max_tokens": MAX_NEW, "temperature": 0.0, **params}
-    outputs = own_llm(model, tags).generate(prompts, GenerationParams(**params))
-    return [[*o.token_ids, *[tags.eos] * (o.finish_reason == "stop")][:MAX_NEW] for o in outputs]
+    """What our engine answers, with eos, up to ``max_tokens``."""
+    params = GenerationParams(**{"max_tokens": MAX_NEW, "temperature": 0.0, **fields})
+    outputs = own_llm(model, tags).generate(prompts, params)
+    ends = [[tags.eos] * (output.finish_reason == "stop") for output in outputs]
+    rows = [[*output.token_ids, *end] for output, end in zip(outputs, ends, strict=True)]
+    return [row[: params.max_tokens] for row in rows]
 
 
 def assert_rows(actual: Tensor, ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> None:
@@ -331,6 +360,16 @@ def test_answers_that_stop_end_in_eos_and_padding(model, tiny_tags):
     assert_rows(actual, ids, expected, pad=56)
     assert len({len(row) for row in expected}) > 1
     assert all(row[-1] == tiny_tags.eos for row in expected if len(row) < MAX_NEW)
+
+
+def test_an_answer_that_was_cut_short_has_no_eos(model, tiny_tags):
+    ids, plan = random_ids(1, 3), user_plan(tiny_tags, [3, 1, 4], [2])
+    params = GenerationParams(plan=plan)
+    actual = planned(model, ids, tiny_tags, pdiff_params=params, max_new_tokens=22)
+    expected = expected_rows(model, ids.tolist(), tiny_tags, plan=plan, max_tokens=22)
+    assert_rows(actual, ids, expected, pad=56)
+    assert len(expected[0]) < 22
+    assert tiny_tags.eos not in expected[0]
 
 
 def test_left_padding_is_not_seen(model, tiny_tags):
@@ -372,6 +411,16 @@ def test_own_parameters_reach_the_engine(model, tiny_tags):
     assert_rows(planned(model, ids, tiny_tags, pdiff_params=params), ids, expected, pad=56)
 
 
+def test_a_checkpoint_may_recommend_parameters(model, tiny_tags):
+    ids = random_ids(NUM_ROWS, 7)
+    model.generation_config.pdiff = {"mode": "diffusion"}
+    expected = expected_rows(model, ids.tolist(), tiny_tags, mode="diffusion")
+    assert_rows(planned(model, ids, tiny_tags), ids, expected, pad=56)
+    expected = expected_rows(model, ids.tolist(), tiny_tags)
+    actual = planned(model, ids, tiny_tags, pdiff_params=GenerationParams())
+    assert_rows(actual, ids, expected, pad=56)
+
+
 def test_parameters_are_shared_and_the_engine_is_kept(model, tiny_tags, monkeypatch):
     built = []
     monkeypatch.setattr(
@@ -382,6 +431,7 @@ def test_parameters_are_shared_and_the_engine_is_kept(model, tiny_tags, monkeypa
     first = planned(model, ids, tiny_tags)
     assert torch.equal(planned(model, ids, tiny_tags), first)
     assert len(built) == 1
+    assert not built[0].engine.config.pack_weights
     ours = {name: (p.data_ptr(), p.requires_grad) for name, p in built[0].model.named_parameters()}
     assert ours == before
     assert before == {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
@@ -397,7 +447,7 @@ def test_parameters_are_shared_and_the_engine_is_kept(model, tiny_tags, monkeypa
 
 
 def test_training_between_two_calls_is_seen(model, tiny_tags):
-    ids = random_ids(2, 40)
+    ids = random_ids(2, 200)  # more than a page of keys
     before = planned(model, ids, tiny_tags)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(ids, labels=ids).loss.backward()

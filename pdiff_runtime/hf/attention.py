@@ -38,8 +38,8 @@ def register_hf() -> None:
     - a ``SpanLayout`` for each row of the batch, or just one for a batch of one. Its rows are the
       row's tokens, its keys those and all that a KV cache holds before them. A layout may be
       shorter than its row: what is left at the row's end is padding.
-    - an ``ops.AttentionPlan`` over all rows of the batch one after another, for documents packed
-      into one row, say; with ``position_ids`` that restart.
+    - an ``ops.AttentionPlan`` over all rows of the batch one after another: for documents packed
+      into one row, with ``position_ids`` that restart, and under ``torch.compile``.
     - None: plain causal attention.
 
     Plans of layouts are kept, so that a forward packs its layouts once and not in every layer.
@@ -138,7 +138,9 @@ def _attention(
         raise ValueError("pdiff_plan: expected one where a mask is not plain causal, got None")
     batch, _, q_len, _ = query.shape
     plan = _plan(pdiff_plan, query, key)
-    out = ops.hybrid_attention(_rows(query), _rows(key), _rows(value), plan, scaling)
+    dtype = value.dtype  # under autocast the rotary embedding leaves q and k in float32
+    q, k, v = (_rows(x).to(dtype) for x in (query, key, value))
+    out = ops.hybrid_attention(q, k, v, plan, scaling)
     return out.unflatten(0, (batch, q_len)), None
 
 

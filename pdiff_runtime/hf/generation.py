@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,9 @@ def generate(
     return _side_by_side(input_ids, answers, llm.tags.eos if pad is None else pad)
 
 
-def _check(generation_config: Any, stopping_criteria: Iterable[Any], model_kwargs: Any) -> None:
+def _check(
+    generation_config: Any, stopping_criteria: Iterable[Any], model_kwargs: Mapping[str, Any]
+) -> None:
     """Refuse what would be ignored otherwise."""
     mode = generation_config.get_generation_mode().value
     if mode not in ("greedy_search", "sample"):
