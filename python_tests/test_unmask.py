@@ -23,6 +23,9 @@ SETTINGS = {
     "both_filters": {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
     "drawn_positions": {"alg_temp": 0.3},
 }
+THRESHOLDS = {Rule.THRESHOLD: 0.2, Rule.FACTOR: 2.2, Rule.ENTROPY_BUDGET: 3.0}
+"""One that writes some of a few random rows, for each rule that reads it."""
+PREFIX_RULES = [Rule.FACTOR, Rule.ENTROPY_BUDGET]
 ISAS = ["generic", "avx2", "avx512"]
 exhaustive = pytest.mark.exhaustive
 
@@ -54,6 +57,23 @@ def spans_of(*lengths, quotas):
     rows = sum(lengths)
     position = 3 + 2 * torch.arange(rows, dtype=torch.int32)
     return position, int32(0, *itertools.accumulate(lengths)), int32(*quotas)
+
+
+def written_by_rank(rule, confidences, threshold):
+    """Which of a span's best, given in order of rank, a rule writes: word by word as it says."""
+    written, entropy = [], 0.0
+    for rank, c in enumerate(confidences, start=1):
+        if rule == Rule.THRESHOLD:
+            sure = c >= threshold
+        elif rule == Rule.FACTOR:
+            sure = all(written) and (rank + 1) * (1.0 - c) < threshold
+        elif rule == Rule.ENTROPY_BUDGET:
+            sure = all(written) and entropy <= threshold
+        else:
+            sure = True
+        written.append(rank == 1 or sure)
+        entropy -= c
+    return written
 
 
 def run(logits, spans, op=ops.unmask_, backend=None, **settings):
@@ -91,6 +111,12 @@ FEW_CASES = {
     (Rule.MARGIN, "both_filters", 1000, F16),
     (Rule.THRESHOLD, "drawn_positions", 17, F32),
     (Rule.THRESHOLD, "cold_top_p", 17, F16),
+    (Rule.FACTOR, "greedy", 17, F16),
+    (Rule.FACTOR, "drawn_positions", 7, F32),
+    (Rule.FACTOR, "both_filters", 1000, F16),
+    (Rule.ENTROPY_BUDGET, "greedy", 1000, F16),
+    (Rule.ENTROPY_BUDGET, "drawn_positions", 17, F32),
+    (Rule.ENTROPY_BUDGET, "cold_top_p", 7, F32),
     (Rule.PROBABILITY, "greedy", 33_003, F16),
     (Rule.PROBABILITY, "hot", 33_003, F32),
 }
@@ -113,8 +139,9 @@ def test_agrees_with_reference(rule, settings, vocab_size, dtype, backend):
     spans = spans_of(4, 0, 1, 5, quotas=[2, 3, 9, 0])
     banned = torch.tensor([0, 5, 6] if vocab_size >= 17 else [], dtype=torch.int64)
     assert_agrees(
-        random_logits(10, vocab_size, dtype), spans, backend, rule=rule, threshold=0.2, step_idx=4,
-        banned_ids=banned, seeds=torch.arange(10) * 977 + (3 << 40), **settings,
+        random_logits(10, vocab_size, dtype), spans, backend, rule=rule,
+        threshold=THRESHOLDS.get(rule), step_idx=4, banned_ids=banned,
+        seeds=torch.arange(10) * 977 + (3 << 40), **settings,
     )  # fmt: skip
 
 
@@ -130,25 +157,24 @@ def test_published_names_of_rules():
     assert Rule("confidence_threshold") is Rule.THRESHOLD
 
 
-def test_each_span_has_its_own_settings(backend):
+@pytest.mark.parametrize("rule", THRESHOLDS)
+def test_each_span_has_its_own_settings(rule, backend):
     logits, seeds = random_logits(12, 513), torch.arange(12)
     per_span = {
         "temperature": torch.tensor([0.0, 0.7, 1.5]),
         "top_p": torch.tensor([1.0, 0.9, 0.5]),
         "top_k": int32(3, 0, 40),
         "alg_temp": torch.tensor([0.0, 0.3, 0.0]),
-        "threshold": torch.tensor([0.1, 0.2, 0.9]),
+        "threshold": THRESHOLDS[rule] * torch.tensor([0.5, 1.0, 4.0]),
         "step_idx": int32(0, 7, 2),
     }
     spans = spans_of(5, 4, 3, quotas=[2, 3, 3])
-    token_ids, stats = run(
-        logits, spans, backend=backend, rule="threshold", seeds=seeds, **per_span
-    )
+    token_ids, stats = run(logits, spans, backend=backend, rule=rule, seeds=seeds, **per_span)
     position, cu_rows, quotas = spans
     for span, (lo, hi) in enumerate(itertools.pairwise(cu_rows.tolist())):
         own_span = position[lo:hi] - position[lo], int32(0, hi - lo), quotas[span : span + 1]
         alone, own = run(
-            logits[lo:hi], own_span, backend=backend, rule="threshold", seeds=seeds[lo:hi],
+            logits[lo:hi], own_span, backend=backend, rule=rule, seeds=seeds[lo:hi],
             positions=position[lo:hi],
             **{name: values[span].item() for name, values in per_span.items()},
         )  # fmt: skip
@@ -158,21 +184,28 @@ def test_each_span_has_its_own_settings(backend):
 
 
 @pytest.mark.parametrize(
-    "rule",
-    [Rule.THRESHOLD, *(pytest.param(r, marks=exhaustive) for r in Rule if r is not Rule.THRESHOLD)],
+    ("rule", "threshold"),
+    [
+        (Rule.THRESHOLD, 0.5),
+        (Rule.FACTOR, 24.2),
+        (Rule.ENTROPY_BUDGET, 400.0),
+        pytest.param(Rule.ENTROPY_BUDGET, 40.0, marks=exhaustive),
+        *(pytest.param(r, None, marks=exhaustive) for r in Rule if r not in THRESHOLDS),
+    ],
 )
-def test_selection_follows_the_confidences_given(rule, backend):
-    lengths, quotas = [40, 1, 0, 200, 17], [7, 1, 2, 199, 40]
+def test_selection_follows_the_confidences_given(rule, threshold, backend):
+    lengths, quotas = [40, 1, 0, 400, 17], [7, 1, 2, 399, 40]
     spans = spans_of(*lengths, quotas=quotas)
     # Few distinct rows, so that many confidences are exactly equal.
     logits = random_logits(6, 33)[torch.arange(sum(lengths)) % 6]
-    token_ids, stats = run(logits, spans, backend=backend, rule=rule, threshold=0.5)
+    token_ids, stats = run(logits, spans, backend=backend, rule=rule, threshold=threshold)
     written = torch.zeros_like(stats.is_written)
     first = 0
     for length, quota in zip(lengths, quotas, strict=True):
         rows = sorted(range(first, first + length), key=lambda r: (-stats.confidence[r].item(), r))
-        for rank, row in enumerate(rows[:quota]):
-            written[row] = rule != "threshold" or rank == 0 or stats.confidence[row] >= 0.5
+        best = rows[:quota]
+        by_rank = written_by_rank(rule, stats.confidence[best].tolist(), threshold)
+        written[best] = torch.tensor(by_rank, dtype=torch.bool)
         first += length
     assert torch.equal(stats.is_written, written)
     expected = torch.full_like(token_ids, -5)
@@ -193,6 +226,84 @@ def test_what_is_written_is_taken_off_the_masks_left(backend):
     written = [stats.is_written[lo:hi].sum().item() for lo, hi in ((0, 6), (6, 7), (7, 307))]
     assert masked.tolist() == [4 - written[0], -written[1], 0, 200 - written[2]]
     assert 1 <= written[2] < 100
+
+
+@pytest.mark.parametrize("alg_temp", [0.0, 0.5])
+@pytest.mark.parametrize("rule", THRESHOLDS)
+def test_a_threshold_goes_from_one_position_to_the_quota(rule, alg_temp, backend):
+    lengths, quotas = [11, 1, 0, 10], [11, 9, 2, 6]
+    thresholds = [0.0, 0.5, 0.8, 2.0, math.inf]
+    if rule is Rule.THRESHOLD:
+        thresholds.reverse()
+    written = [
+        run(
+            random_logits(22, 5), spans_of(*lengths, quotas=quotas), backend=backend, rule=rule,
+            threshold=threshold, alg_temp=alg_temp, seeds=torch.arange(22),
+        )[1].is_written
+        for threshold in thresholds
+    ]  # fmt: skip
+    for fewer, more in itertools.pairwise(written):
+        assert (fewer <= more).all()
+    assert [part.sum().item() for part in written[0].split(lengths)] == [1, 1, 0, 1]
+    assert [part.sum().item() for part in written[-1].split(lengths)] == [11, 1, 0, 6]
+    assert len({rows.sum().item() for rows in written}) >= 4
+
+
+def test_factor_writes_the_most_that_its_published_condition_allows(backend):
+    rows, factor = 40, 1.0
+    logits = random_logits(rows, 3) * 2
+    spans = spans_of(rows, quotas=[rows])
+    _, stats = run(logits, spans, backend=backend, rule="factor", threshold=factor)
+    sorted_confidence = stats.confidence.double().sort(descending=True).values
+    n = torch.arange(1, rows + 1)
+    holds = (n + 1) * (1 - sorted_confidence) < factor
+    num = stats.is_written.sum().item()
+    assert num == n[holds].max()
+    assert 2 < num < rows
+
+
+def test_entropy_budget_bounds_the_joint_error(backend):
+    rows, budget = 40, 1.5
+    logits = random_logits(rows, 4) * 2
+    spans = spans_of(rows, quotas=[rows])
+    _, stats = run(logits, spans, backend=backend, rule="entropy_budget", threshold=budget)
+    entropy = -stats.confidence.double()
+    written = entropy[stats.is_written]
+    assert written.sum() - written.max() <= budget < written.sum()
+    assert 2 < len(written) < rows
+    assert written.max() <= entropy[~stats.is_written].min()
+
+
+@pytest.mark.parametrize("alg_temp", [0.0, 0.4])
+@pytest.mark.parametrize("rule", PREFIX_RULES)
+def test_a_prefix_is_of_rows_that_have_a_rank_and_of_the_quota(rule, alg_temp, backend):
+    lengths = [14, 0, 26, 10]
+    logits = random_logits(50, 6)
+    logits[[0, 7, 13, 20], 3] = torch.tensor([math.nan, math.inf, math.nan, math.nan])
+    logits[4] = -math.inf
+    logits[40:] = math.nan  # nothing to write
+    stats = assert_agrees(
+        logits, spans_of(*lengths, quotas=[14, 3, 3, 10]), backend, rule=rule, threshold=2.0,
+        alg_temp=alg_temp, seeds=torch.arange(50),
+    )  # fmt: skip
+    ragged, empty, limited, broken = (x.sum().item() for x in stats.is_written.split(lengths))
+    assert 2 <= ragged < 10
+    assert [empty, limited, broken] == [0, 3, 0]
+
+
+@exhaustive
+@pytest.mark.parametrize(("rule", "threshold"), [("factor", 700.0), ("entropy_budget", 900.0)])
+def test_a_prefix_of_a_span_of_thousands(rule, threshold, backend):
+    lengths = [2100, 5, 300]
+    rows = sum(lengths)
+    stats = assert_agrees(
+        random_logits(rows, 4), spans_of(*lengths, quotas=[2090, 3, 5000]), backend, rule=rule,
+        threshold=torch.tensor([threshold, 1.0, math.inf]), alg_temp=0.2, seeds=torch.arange(rows),
+    )  # fmt: skip
+    long, short, whole = (x.sum().item() for x in stats.is_written.split(lengths))
+    assert 300 < long < 2000
+    assert 1 <= short <= 3
+    assert whole == 300
 
 
 def test_lowest_id_wins_a_tie(backend):
@@ -369,11 +480,14 @@ def test_on_a_gpu_a_row_of_no_span_is_not_written(backend):
     settings = {
         "temperature": torch.full((2,), 0.7), "top_p": torch.full((2,), 0.9),
         "top_k": int32(5, 5), "alg_temp": torch.full((2,), 0.5), "step_idx": int32(3, 3),
-        "threshold": torch.zeros(2),
     }  # fmt: skip
-    for rule in ("entropy", "threshold"):
+    writes_all = {"entropy": 0.0, "threshold": 0.0, "factor": math.inf, "entropy_budget": math.inf}
+    for rule, threshold in writes_all.items():
         spans = position, int32(2, 3, 5), int32(9, 9)
-        token_ids, stats = run(logits, spans, backend=backend, rule=rule, **settings)
+        thresholds = torch.full((2,), threshold)
+        token_ids, stats = run(
+            logits, spans, backend=backend, rule=rule, threshold=thresholds, **settings
+        )
         assert stats.is_written.tolist() == [False, False, True, True, True, False]
         assert (token_ids == -5).sum() == len(token_ids) - 3
 
@@ -395,6 +509,18 @@ def test_on_a_gpu_settings_of_no_span_are_not_read(backend):
     if backend.impl is ops.Impl.TRITON:  # 0 of each, as what is out of range counts
         assert stats.confidence.isfinite().all()
         assert torch.equal(stats.candidate, random_logits(6, 40).argmax(1))
+
+
+def test_on_a_gpu_a_threshold_below_0_counts_as_0(backend):
+    if backend.impl is ops.Impl.CPU:
+        pytest.skip("a CPU refuses it")
+    logits = torch.full((4, 9), -math.inf)
+    logits[:, 3] = 0.0  # certain: no entropy
+    logits[3, 4] = 0.0
+    spans = spans_of(4, quotas=[9])
+    for rule, written in ("entropy_budget", [True] * 4), ("factor", [True] + [False] * 3):
+        _, stats = run(logits, spans, backend=backend, rule=rule, threshold=torch.tensor([-1.0]))
+        assert stats.is_written.tolist() == written
 
 
 @pytest.mark.parametrize("settings", settings_few("hot", "both_filters"))
@@ -524,8 +650,21 @@ def arguments(vocab_size=40, dtype=F32):
         ({"cu_rows_span": int32(1, 2, 6)}, "expected to start at 0, got 1"),
         ({"cu_rows_span": int32(0, 7, 6)}, "expected ascending values, got 0 before 7"),
         ({"cu_rows_span": int32(0, 6)}, "expected int32 [3], got int32 [2]"),
-        ({"rule": "best"}, "expected one of entropy, probability, margin, threshold, got 'best'"),
-        ({"threshold": None, "rule": "threshold"}, "expected a value with rule 'threshold'"),
+        (
+            {"rule": "best"},
+            "expected one of entropy, probability, margin, threshold, factor, "
+            "entropy_budget, got 'best'",
+        ),
+        *(
+            ({"threshold": None, "rule": rule}, f"expected a value with rule '{rule}', got None")
+            for rule in THRESHOLDS
+        ),
+        *(
+            ({"threshold": value, "rule": "factor"}, f"expected >= 0, got {value}")
+            for value in (-0.5, -math.inf, math.nan)
+        ),
+        ({"threshold": torch.tensor([0.5, -1.0]), "rule": "factor"}, "expected >= 0, got -1"),
+        ({"threshold": torch.tensor([math.nan, 1.0])}, "expected >= 0, got nan"),
         ({"temperature": -1.0}, "expected a finite number >= 0, got -1"),
         ({"temperature": math.nan}, "expected a finite number >= 0, got nan"),
         ({"temperature": math.inf}, "expected a finite number >= 0, got inf"),
@@ -542,8 +681,8 @@ def arguments(vocab_size=40, dtype=F32):
         ({"top_p": None}, "expected a number or a tensor [num_spans], got None"),
         ({"alg_temp": -1.0}, "expected >= 0, got -1"),
         ({"alg_temp": math.nan}, "expected >= 0, got nan"),
-        ({"threshold": math.nan}, "expected a number, got nan"),
-        ({"threshold": math.nan, "rule": "threshold"}, "expected a number, got nan"),
+        ({"threshold": math.nan}, "expected >= 0, got nan"),
+        ({"threshold": math.nan, "rule": "threshold"}, "expected >= 0, got nan"),
         ({"logits": torch.zeros(6, 0)}, "expected a vocab_size >= 1, got 0"),
         ({"banned_ids": torch.tensor([3, 40])}, "[1]: expected 0 to 39, got 40"),
         ({"seeds": torch.zeros(5, dtype=torch.int64)}, "expected int64 [6], got int64 [5]"),
@@ -572,7 +711,8 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(changed, message):
         ({"temperature": math.inf}, "temperature: expected a finite number >= 0, got inf"),
         ({"top_p": math.nan}, "top_p: expected >= 0, got nan"),
         ({"alg_temp": math.nan}, "alg_temp: expected >= 0, got nan"),
-        ({"threshold": math.nan}, "threshold: expected a number, got nan"),
+        ({"threshold": math.nan}, "threshold: expected >= 0, got nan"),
+        ({"threshold": -1.0, "rule": "entropy_budget"}, "threshold: expected >= 0, got -1"),
         ({"top_k": 2**40}, "top_k: expected 0 to 2147483647, got 1099511627776"),
         ({"step_idx": 2**31}, "step_idx: expected 0 to 2147483647, got 2147483648"),
         ({"logits": torch.zeros(6, 0)}, "logits: expected a vocab_size >= 1, got 0"),

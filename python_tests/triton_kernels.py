@@ -87,9 +87,16 @@ def cases(arch: int) -> Iterator[Case]:
         )  # fmt: skip
         yield Case(
             f"finish_{name}", unmask.finish_kernel,
-            how | {"RULE": 0, "SEGMENTS": 8, "LANES_BLOCK": 2048, "LIST_BLOCK": unmask.LIST_BLOCK},
+            how | {
+                "CONFIDENCE": 0, "SEGMENTS": 8, "LANES_BLOCK": 2048,
+                "LIST_BLOCK": unmask.LIST_BLOCK,
+            },
             8 if filters else 1, 1,
         )  # fmt: skip
+    for name, rule in (("factor", 4), ("entropy_budget", 5)):
+        yield Case(
+            f"limit_{name}", unmask.limit_kernel, {"RULE": rule, "ROWS": unmask.SELECT_ROWS}, 4, 1
+        )
     yield Case("select", unmask.select_kernel, {"RULE": 3, "ROWS": unmask.SELECT_ROWS}, 4, 1)
     yield Case("ban", unmask.ban_kernel, {"BLOCK": 256}, 4, 1)
 

@@ -28,8 +28,8 @@ pdiff::UnmaskParams pdiff::capi::unmask_params(const pdiff_unmask_args& a) {
   check_pointer(a.candidate, "candidate", a.num_rows);
   check_pointer(a.is_nan, "is_nan", a.num_rows);
   check_pointer(a.is_written, "is_written", a.num_rows);
-  PDIFF_CHECK(a.rule >= PDIFF_RULE_ENTROPY && a.rule <= PDIFF_RULE_THRESHOLD,
-              "rule: expected PDIFF_RULE_ENTROPY to PDIFF_RULE_THRESHOLD, got ", a.rule);
+  PDIFF_CHECK(a.rule >= PDIFF_RULE_ENTROPY && a.rule <= PDIFF_RULE_ENTROPY_BUDGET,
+              "rule: expected PDIFF_RULE_ENTROPY to PDIFF_RULE_ENTROPY_BUDGET, got ", a.rule);
   return {.token_ids = a.token_ids,
           .logits = a.logits,
           .row_position = a.row_position,

@@ -42,6 +42,7 @@ void check(const UnmaskParams& p) {
     PDIFF_CHECK(alg_temp >= 0.0f, "alg_temp: expected >= 0, got ", alg_temp);
     PDIFF_CHECK(p.top_p[span] >= 0.0f, "top_p: expected >= 0, got ", p.top_p[span]);
     PDIFF_CHECK(p.top_k[span] >= 0, "top_k: expected >= 0, got ", p.top_k[span]);
+    PDIFF_CHECK(p.threshold[span] >= 0.0f, "threshold: expected >= 0, got ", p.threshold[span]);
   }
   for (int64_t i = 0; i < p.num_banned; ++i) {
     PDIFF_CHECK(p.banned_ids[i] >= 0 && p.banned_ids[i] < p.vocab_size, "banned_ids[", i,
@@ -53,7 +54,7 @@ UnmaskSettings resolve(const UnmaskParams& p, int64_t span) {
   constexpr float kMinTemperature = 1e-20f;  // its inverse, times any usual logit, is finite
   const float temperature = p.temperature[span];
   return {
-      .rule = p.rule,
+      .confidence = confidence_of(p.rule),
       .draws = temperature > 0.0f,
       .inverse_temperature =
           temperature > 0.0f ? 1.0f / std::max(temperature, kMinTemperature) : 1.0f,
@@ -88,10 +89,16 @@ void write_span(const UnmaskParams& p, int64_t span, std::vector<int32_t>& rows,
   std::partial_sort(rows.begin(), rows.begin() + num, rows.end(), [&](int32_t a, int32_t b) {
     return ranks_before(keys[a - begin], a, keys[b - begin], b);
   });
+  double entropy_before = 0.0;
   for (size_t i = 0; i < num; ++i) {
     const int32_t row = rows[i];
-    const bool is_sure = p.rule != UnmaskRule::kThreshold || p.confidence[row] >= p.threshold[span];
-    if (i > 0 && !is_sure) continue;
+    const float confidence = p.confidence[row];
+    const auto rank = static_cast<int64_t>(i + 1);
+    if (i > 0 && !is_sure(p.rule, p.threshold[span], confidence, rank, entropy_before)) {
+      if (writes_a_prefix(p.rule)) break;
+      continue;
+    }
+    entropy_before -= confidence;
     p.token_ids[p.row_position[row]] = p.candidate[row];
     p.is_written[row] = 1;
     if (p.num_masked != nullptr) --p.num_masked[span];

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/philox.h"
+#include "common/unmask_rule.h"
 #include "cpu/dispatch.h"
 #include "pdiff/unmask.h"
 
@@ -18,7 +19,7 @@ constexpr int kUnmaskPad = 64;
 
 // The settings of one span, resolved.
 struct UnmaskSettings {
-  UnmaskRule rule;
+  UnmaskConfidence confidence;
   bool draws;                 // temperature > 0
   float inverse_temperature;  // 1 at temperature 0
   float top_p;                // >= 1: off

@@ -164,6 +164,18 @@ TEST(unmask_writes_the_most_certain_row_and_refuses_a_bad_one) {
   CHECK_EQ(token_ids[2], 0);
   CHECK_EQ(int{is_written[1]}, 1);
   CHECK_EQ(candidate[0], 1);
+  const int32_t both = 2;
+  args.num_unmask = &both;
+  args.rule = PDIFF_RULE_ENTROPY_BUDGET;
+  args.threshold = -1.0f;
+  CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_INVALID_ARGUMENT);
+  CHECK(error_mentions("threshold: expected >= 0, got -1"));
+  for (const float threshold : {0.001f, 0.01f}) {  // the surer row has an entropy of 0.004
+    args.threshold = threshold;
+    CHECK_EQ(pdiff_cpu_unmask(&args), PDIFF_OK);
+    CHECK_EQ(int{is_written[0]}, threshold > 0.004f ? 1 : 0);
+    CHECK_EQ(int{is_written[1]}, 1);
+  }
 }
 
 TEST(unknown_dtypes_are_refused) {

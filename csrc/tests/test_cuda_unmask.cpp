@@ -199,10 +199,17 @@ void check_selection(Problem& problem, const Result& result) {
     });
     std::vector<bool> is_written(end - begin, false);
     const size_t num = std::min<size_t>(rows.size(), std::max(problem.num_unmask[span], 0));
+    double entropy = 0.0;
+    bool goes_on = true;
     for (size_t i = 0; i < num; ++i) {
-      const bool is_sure =
-          p.rule != UnmaskRule::kThreshold || result.confidence[rows[i]] >= p.threshold[span];
-      is_written[rows[i] - begin] = i == 0 || is_sure;
+      const float confidence = result.confidence[rows[i]], threshold = p.threshold[span];
+      const double rank = static_cast<double>(i) + 1.0;
+      if (p.rule == UnmaskRule::kThreshold) goes_on = confidence >= threshold;
+      if (p.rule == UnmaskRule::kFactor) goes_on &= (rank + 1.0) * (1.0 - confidence) < threshold;
+      if (p.rule == UnmaskRule::kEntropyBudget) goes_on &= entropy <= threshold;
+      if (i == 0) goes_on = true;
+      is_written[rows[i] - begin] = goes_on;
+      entropy -= confidence;
     }
     for (int32_t row = begin; row < end; ++row) {
       CHECK_EQ(result.is_written[row] != 0, is_written[row - begin]);
@@ -260,7 +267,7 @@ TEST(agrees_with_the_cpu_over_shapes_and_settings) {
     std::vector<int32_t> lengths(1 + random() % 4);
     for (int32_t& length : lengths) length = static_cast<int32_t>(random() % 4);
     Problem problem(std::accumulate(lengths.begin(), lengths.end(), 0), vocab, lengths);
-    problem.rule = static_cast<UnmaskRule>(random() % 4);
+    problem.rule = static_cast<UnmaskRule>(random() % 6);
     problem.per_span = random() % 2 == 0;
     for (size_t span = 0; span < lengths.size(); ++span) {
       problem.num_unmask[span] = static_cast<int32_t>(random() % 5) - 1;
@@ -268,7 +275,7 @@ TEST(agrees_with_the_cpu_over_shapes_and_settings) {
       problem.top_p[span] = one_of(random, {1.0f, 1.0f, 0.0f, 0.3f, 0.9f, 0.97f, 0.9999f});
       problem.top_k[span] = one_of(random, {0, 0, 1, 5, 50, 1000, 5000, 20000});
       problem.alg_temp[span] = one_of(random, {0.0f, 0.0f, 0.4f});
-      problem.threshold[span] = one_of(random, {0.0f, 0.1f, 0.6f});
+      problem.threshold[span] = one_of(random, {0.0f, 0.1f, 0.6f, 2.5f, kInf});
       problem.step_idx[span] = static_cast<int32_t>(random() % 9);
     }
     for (size_t ban = one_of<size_t>(random, {0, 0, 1, 7, 40, 700}); ban > 0; --ban) {
@@ -423,6 +430,28 @@ TEST(long_spans_choose_as_short_ones_do) {
   }
 }
 
+// More than a block has threads, and more than it sorts in shared memory.
+TEST(a_prefix_ends_where_it_should_in_spans_of_any_length) {
+  Random random(17);
+  for (const UnmaskRule rule : {UnmaskRule::kFactor, UnmaskRule::kEntropyBudget}) {
+    for (const bool ties : {false, true}) {
+      const std::vector<int32_t> lengths = {2300, 1, 255, 0, 256, 257, 600, 90};
+      Problem problem(3759, 3, lengths);
+      for (float& x : problem.logits) {
+        x = static_cast<float>(ties ? random() % 3 : random() % 100000 / 2e4);
+      }
+      std::fill_n(problem.logits.begin() + 3669 * 3, 90 * 3, -kInf);  // no row has a rank
+      for (const int64_t row : {0, 40, 2299, 2310}) problem.logits[3 * row + 1] = NAN;
+      problem.num_unmask = {4000, 1, 255, 3, 100, 300, 600, 90};
+      problem.threshold = {300.0f, 0.0f, 40.0f, 1.0f, kInf, 15.0f, 0.0f, 5.0f};
+      problem.alg_temp = {ties ? 0.0f : 0.3f, 0.0f, 0.3f, 0.0f, 0.0f, 0.0f, 0.1f, 0.0f};
+      problem.rule = rule;
+      problem.lay_out(DType::kFloat32, 0, 0);
+      check_agrees(problem);
+    }
+  }
+}
+
 TEST(what_is_out_of_range_is_skipped) {
   Problem problem(4, 9, {2, 2});
   for (size_t i = 0; i < problem.logits.size(); ++i) problem.logits[i] = static_cast<float>(i % 9);
@@ -464,6 +493,9 @@ TEST(wrong_arguments_are_named) {
   changed = p;
   changed.temperature = {nullptr, -1.0f};
   CHECK_THROWS(run(changed, bytes), "temperature: expected a finite number >= 0");
+  changed = p;
+  changed.threshold = {nullptr, NAN};
+  CHECK_THROWS(run(changed, bytes), "threshold: expected >= 0");
   changed = p;
   changed.num_rows = 0;
   changed.num_spans = 0;

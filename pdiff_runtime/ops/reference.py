@@ -6,6 +6,7 @@ float64, attention in the dtype of its arguments.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,24 @@ def keep_prefix(logits: Tensor, top_p: float, top_k: int) -> Tensor:
     return torch.zeros_like(keep).scatter_(0, order, keep)
 
 
+def written_of_best(rule: str, threshold: float, confidence: Tensor) -> Tensor:
+    """Mask of what a rule writes of a span's best, whose confidences ``[num]`` are in their order.
+
+    Always the first; ``factor`` and ``entropy_budget`` end at the first position that is not sure.
+    """
+    c = confidence.double()
+    rank = torch.arange(1, len(c) + 1, device=c.device)
+    if rule == "threshold":
+        return (rank == 1) | (c >= threshold)
+    if rule == "factor":
+        sure = (rank + 1) * (1 - c) < threshold
+    elif rule == "entropy_budget":
+        sure = torch.cat([c.new_zeros(1), -c]).cumsum(0)[:-1] <= threshold  # of the ranks before
+    else:
+        sure = rank > 0
+    return ((rank == 1) | sure).cumprod(0).bool()
+
+
 def unmask_(
     token_ids: Tensor,
     logits: Tensor,
@@ -154,7 +173,7 @@ def unmask_(
         *map(of_spans, (num_unmask, temperature, top_p, top_k, alg_temp, threshold, step_idx)),
         strict=True,
     )
-    for span, (quota, t, p, k, t_alg, p_min, step) in enumerate(settings):
+    for span, (quota, t, p, k, t_alg, limit, step) in enumerate(settings):
         rows = range(bounds[span], bounds[span + 1])
         live = [row for row in rows if not is_nan[row]]
         step = torch.tensor(step, device=device)
@@ -166,7 +185,7 @@ def unmask_(
             if t > 0:
                 chosen = (scaled + gumbel(seed[row], position[row], step, ids, TOKEN)).argmax()
             candidate[row] = chosen
-            if rule == "entropy":
+            if rule in ("entropy", "entropy_budget"):
                 confidence[row] = torch.xlogy(probs, probs).sum()
             elif rule == "margin":
                 best = torch.cat([probs, probs.new_zeros(1)]).topk(2).values
@@ -178,12 +197,13 @@ def unmask_(
         if t_alg > 0:
             key = key / t_alg + gumbel(seed, position, step, torch.zeros_like(seed), POSITION)
         ranked = sorted(live, key=lambda row: (-key[row].item(), row))
-        for rank, row in enumerate(ranked[: max(0, quota)]):
-            if rank == 0 or rule != "threshold" or confidence[row] >= p_min:
-                token_ids[row_position[row]] = candidate[row]
-                is_written[row] = True
-                if num_masked is not None:
-                    num_masked[span] -= 1
+        ranked = ranked[: max(0, quota)]
+        is_chosen = written_of_best(rule, limit, confidence[ranked])
+        for row in itertools.compress(ranked, is_chosen):
+            token_ids[row_position[row]] = candidate[row]
+            is_written[row] = True
+            if num_masked is not None:
+                num_masked[span] -= 1
     return confidence, candidate, is_nan, is_written
 
 

@@ -27,12 +27,14 @@ from pdiff_runtime.ops._library import (
 
 
 class Rule(StrEnum):
-    """Confidence by which a span ranks its positions; the published names are accepted too."""
+    """How a span chooses positions, see :func:`unmask_`; the published names are accepted too."""
 
     ENTROPY = "entropy"
     PROBABILITY = "probability"
     MARGIN = "margin"
     THRESHOLD = "threshold"
+    FACTOR = "factor"
+    ENTROPY_BUDGET = "entropy_budget"
 
     @classmethod
     def _missing_(cls, value: object) -> Rule | None:
@@ -79,10 +81,11 @@ _SETTING_RANGES = (
     (0.0, math.inf, ">= 0"),
     (0, 2**31 - 1, "0 to 2147483647"),
     (0.0, math.inf, ">= 0"),
-    (-math.inf, math.inf, "a number"),
+    (0.0, math.inf, ">= 0"),
     (0, 2**31 - 1, "0 to 2147483647"),
 )
 """The least and the largest number of each setting, and what messages say; NaN is in none."""
+_NEEDS_THRESHOLD = (Rule.THRESHOLD, Rule.FACTOR, Rule.ENTROPY_BUDGET)
 _RULE_CODES = {rule: code for code, rule in enumerate(Rule)}
 
 
@@ -126,9 +129,14 @@ def unmask_(
         row_position: ``[num_rows]`` int32, ascending within a span.
         cu_rows_span: ``[num_spans + 1]`` int32, from 0 to ``num_rows``.
         num_unmask: ``[num_spans]`` int32; more than a span has reveals all of it.
-        rule: What positions are ranked by: ``entropy`` (sum p log p), ``probability`` of the token,
-            ``margin`` between the two likeliest, or ``threshold``: like probability, but of the
-            ``num_unmask`` best only the first and those with p >= ``threshold`` are written.
+        rule: What positions are ranked by, and how many of the ``num_unmask`` best are written.
+            All of them: ``entropy`` (sum p log p), ``probability`` of the token, ``margin`` between
+            the two likeliest. The first and as many as are sure: ``threshold``, by probability,
+            those with p >= ``threshold``; ``factor``, by probability, ranks 2, 3, ... up to where
+            (rank + 1) (1 - p) < ``threshold`` fails (Wu et al. 2025); ``entropy_budget``, by
+            entropy, as long as the entropies of the ranks before add up to at most ``threshold``
+            (Ben-Hamu et al. 2025).
+        threshold: 0 or greater; the three rules that read it need one.
         alg_temp: Above 0, positions are drawn without replacement from
             softmax(confidence / alg_temp).
         banned_ids: ``[num_banned]`` int64; -inf before everything else.
@@ -257,8 +265,8 @@ def _checked_rule(rule: Rule | str, threshold: float | Tensor | None) -> Rule:
         checked = Rule(rule)
     except ValueError:
         raise ValueError(f"rule: expected one of {', '.join(Rule)}, got {rule!r}") from None
-    if checked is Rule.THRESHOLD and threshold is None:
-        raise ValueError("threshold: expected a value with rule 'threshold', got None")
+    if checked in _NEEDS_THRESHOLD and threshold is None:
+        raise ValueError(f"threshold: expected a value with rule '{checked}', got None")
     return checked
 
 

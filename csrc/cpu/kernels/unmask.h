@@ -180,16 +180,16 @@ UnmaskScore score_kept(const Row<T>& row, const UnmaskScore& whole, int worker) 
   return score;
 }
 
-float confidence(const UnmaskScore& score, UnmaskRule rule, float scale) {
+float confidence(const UnmaskScore& score, UnmaskConfidence kind, float scale) {
   const auto probability = [&](float logit) {
     return ::exp2(static_cast<double>(logit - score.max) * scale) / score.sum;
   };
-  switch (rule) {
-    case UnmaskRule::kEntropy: {
+  switch (kind) {
+    case UnmaskConfidence::kEntropy: {
       constexpr double kLn2 = 0.69314718055994530942;
       return static_cast<float>(kLn2 * (score.weighted / score.sum - log2(score.sum)));
     }
-    case UnmaskRule::kMargin:
+    case UnmaskConfidence::kMargin:
       return static_cast<float>(probability(score.max) - probability(score.second));
     default:
       return static_cast<float>(probability(score.draw.idx >= 0 ? score.draw.logit : score.max));
@@ -211,7 +211,7 @@ void finish_row(const Row<T>& row, int worker) {
   const bool drew = score.draw.idx >= 0;  // not where every logit / temperature overflows
   p.candidate[row.idx] = !is_distribution ? -1 : drew ? score.draw.idx : score.argmax;
   p.confidence[row.idx] =
-      is_distribution ? confidence(score, row.settings.rule, row.scale) : __builtin_nanf("");
+      is_distribution ? confidence(score, row.settings.confidence, row.scale) : __builtin_nanf("");
 }
 
 template <typename T>

@@ -4,7 +4,8 @@
 //
 //   score_segments   a warp per segment   logits -> sums of each segment; the one read of all
 //   logits finish_rows      a block per row      sums -> filters -> confidence, candidate
-//   select_spans     a block per span     confidences -> written tokens
+//   select_spans     a block per span     confidences -> written tokens; a rule that ends at the
+//                                         first unsure position has them sorted first
 //
 // Segments, and the lanes and order in which their elements are added, are the same for every
 // launch shape: a row's bits depend neither on other rows nor on how the work was shared out.
@@ -41,6 +42,7 @@ struct Workspace {
   SegmentScore* scores;  // [num_rows, num_segments]
   float* lane_max;       // [num_rows, num_segments, 32], or null: no row has a filter
   uint32_t* rank_keys;   // [num_rows]
+  uint64_t* sorted;      // [num_rows], of spans too long for shared memory
 };
 
 PDIFF_HD int32_t num_segments(int64_t vocab_size) {

@@ -8,6 +8,7 @@
 // holds the end of the prefix is looked into. Mass is counted in integers, so no order of adding
 // changes it.
 
+#include "cuda/common/block_sort.cuh"
 #include "cuda/unmask/score.cuh"
 
 namespace pdiff::cuda::unmasking {
@@ -272,27 +273,7 @@ class RowFilter {
     return shared_.num <= kListCapacity;
   }
 
-  // Bitonic.
-  __device__ void sort_list() {
-    const int num = static_cast<int>(shared_.num);
-    int size = 1;
-    while (size < num) size *= 2;
-    for (int i = num + thread_; i < size; i += num_threads_) shared_.list[i] = ~uint64_t{0};
-    __syncthreads();
-    for (int run = 2; run <= size; run *= 2) {
-      for (int distance = run / 2; distance > 0; distance /= 2) {
-        for (int i = thread_; i < size / 2; i += num_threads_) {
-          const int a = 2 * i - (i & (distance - 1)), b = a + distance;
-          const uint64_t key_a = shared_.list[a], key_b = shared_.list[b];
-          if ((key_a > key_b) == ((a & run) == 0)) {
-            shared_.list[a] = key_b;
-            shared_.list[b] = key_a;
-          }
-        }
-        __syncthreads();
-      }
-    }
-  }
+  __device__ void sort_list() { block_sort(shared_.list, shared_.num); }
 
   // The number of entries of the sorted list that are kept; `before` weighs what comes before it.
   __device__ void find_end_in_list(const Prefix& before) {

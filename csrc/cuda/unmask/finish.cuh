@@ -2,6 +2,7 @@
 
 // finish_rows: from the sums of a row's segments to its confidence and candidate.
 
+#include "common/unmask_rule.h"
 #include "cuda/unmask/filter.cuh"
 
 namespace pdiff::cuda::unmasking {
@@ -100,7 +101,7 @@ __device__ __forceinline__ void find_largest(RowReader<T>& reader, const RowScor
 template <typename T, bool kFilters>
 __global__ void __launch_bounds__((kFilters ? kFilterWarps : kFinishWarps) * kWarpSize)
     finish_rows_kernel(const __grid_constant__ UnmaskParams p,
-                       const __grid_constant__ Workspace workspace) {
+                       const __grid_constant__ Workspace workspace, UnmaskConfidence ranked_by) {
   auto& shared = *reinterpret_cast<FinishShared*>(shared_memory());
   auto* filter_shared = reinterpret_cast<FilterShared*>(shared_memory() + 16);
   auto* ban_bits = reinterpret_cast<uint32_t*>(
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__((kFilters ? kFilterWarps : kFinishWarps) * kWa
   RowReader<T> reader(p, row, ban_bits + warp * RowReader<T>::kBanWords);
   float second = -kInf;
   const bool is_filtered = kFilters && settings.filters();
-  if (is_filtered || score.draw.id < 0 || p.rule == UnmaskRule::kMargin) {
+  if (is_filtered || score.draw.id < 0 || ranked_by == UnmaskConfidence::kMargin) {
     find_largest(reader, score, shared);
     second = shared.num_largest > 1 ? score.max : from_ordered_bits(shared.second);
   }
@@ -149,10 +150,10 @@ __global__ void __launch_bounds__((kFilters ? kFilterWarps : kFinishWarps) * kWa
   };
   const bool drew = score.draw.id >= 0;  // not where every logit / temperature overflows
   double confidence;
-  if (p.rule == UnmaskRule::kEntropy) {
+  if (ranked_by == UnmaskConfidence::kEntropy) {
     constexpr double kLn2 = 0.69314718055994530942;
     confidence = kLn2 * (score.weighted / score.sum - log2(score.sum));
-  } else if (p.rule == UnmaskRule::kMargin) {
+  } else if (ranked_by == UnmaskConfidence::kMargin) {
     confidence = probability(score.max) - probability(second);
   } else {
     confidence = probability(drew ? score.draw.logit : score.max);

@@ -49,6 +49,7 @@ void check_params(const UnmaskParams& p) {
   check_value(p.alg_temp, "alg_temp", ">= 0", [](float x) { return x >= 0.0f; });
   check_value(p.top_p, "top_p", ">= 0", [](float x) { return x >= 0.0f; });
   check_value(p.top_k, "top_k", ">= 0", [](int32_t x) { return x >= 0; });
+  check_value(p.threshold, "threshold", ">= 0", [](float x) { return x >= 0.0f; });
 }
 
 /// Lays the workspace over memory; returns its size.
@@ -62,6 +63,7 @@ int64_t lay_out(Workspace& workspace, unsigned char* memory, int64_t num_rows, i
   const int64_t segments = num_rows * num_segments(vocab_size);
   take(workspace.scores, segments);
   take(workspace.rank_keys, num_rows);
+  take(workspace.sorted, num_rows);
   workspace.lane_max = nullptr;
   if (filters) take(workspace.lane_max, segments * kWarpSize);
   return bytes;
@@ -103,13 +105,25 @@ void finish_rows(const UnmaskParams& p, const Workspace& workspace, const CudaQu
       .shared_bytes = 16 + (filters ? static_cast<int64_t>(sizeof(FilterShared)) : 0) +
                       int64_t{num_warps} * RowReader<T>::kBanWords * 4};
   launch(filters ? finish_rows_kernel<T, true> : finish_rows_kernel<T, false>, shape, queue, p,
-         workspace);
+         workspace, confidence_of(p.rule));
 }
 
 template <typename T>
 void score_rows(const UnmaskParams& p, const Workspace& workspace, const CudaQueue& queue) {
   score_segments<T>(p, workspace, queue);
   finish_rows<T>(p, workspace, queue);
+}
+
+void select_spans(const UnmaskParams& p, const Workspace& workspace, const CudaQueue& queue) {
+  const bool prefix = writes_a_prefix(p.rule);
+  const LaunchShape shape{
+      .name = "unmask: select_spans",
+      .num_blocks = p.num_spans,
+      .num_threads = kSelectWarps * kWarpSize,
+      .shared_bytes = static_cast<int64_t>(sizeof(SelectShared)) +
+                      (prefix ? static_cast<int64_t>(sizeof(SurePrefixShared)) : 0)};
+  launch(prefix ? select_spans_kernel<true> : select_spans_kernel<false>, shape, queue, p,
+         workspace);
 }
 
 }  // namespace
@@ -141,12 +155,7 @@ void unmask(const UnmaskParams& params, void* memory, int64_t workspace_bytes,
       score_rows<float16>(params, workspace, queue);
       break;
   }
-  if (params.num_spans == 0) return;
-  const LaunchShape shape{.name = "unmask: select_spans",
-                          .num_blocks = params.num_spans,
-                          .num_threads = kSelectWarps * kWarpSize,
-                          .shared_bytes = sizeof(SelectShared)};
-  launch(select_spans_kernel, shape, queue, params, workspace.rank_keys);
+  if (params.num_spans > 0) select_spans(params, workspace, queue);
 }
 
 }  // namespace pdiff::cuda

@@ -4,6 +4,7 @@
 
 #include "common/gumbel.h"
 #include "cuda/unmask/filter.cuh"
+#include "cuda/unmask/sure_prefix.cuh"
 
 namespace pdiff::cuda::unmasking {
 
@@ -47,10 +48,14 @@ __device__ __forceinline__ Rank block_rank(bool yes, uint32_t* of_warps) {
   return rank;
 }
 
+/// kPrefix: whether the rule ends at the first position that is not sure.
+template <bool kPrefix>
 __global__ void __launch_bounds__(kSelectWarps* kWarpSize)
-    select_spans_kernel(const __grid_constant__ UnmaskParams p, uint32_t* keys) {
+    select_spans_kernel(const __grid_constant__ UnmaskParams p,
+                        const __grid_constant__ Workspace workspace) {
   constexpr int kThreads = kSelectWarps * kWarpSize;
   auto& shared = *reinterpret_cast<SelectShared*>(shared_memory());
+  uint32_t* keys = workspace.rank_keys;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t span = blockIdx.x;
   const int64_t begin = max(int64_t{0}, int64_t{p.cu_rows_span[span]});
@@ -71,8 +76,12 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpSize)
   atomicMax(&shared.best, best);
   __syncthreads();
   num_live = shared.num_live;
-  const uint32_t num = min(static_cast<uint32_t>(max(p.num_unmask[span], 0)), num_live);
+  uint32_t num = min(static_cast<uint32_t>(max(p.num_unmask[span], 0)), num_live);
   if (num == 0) return;
+  if constexpr (kPrefix) {
+    num = sure_prefix(p, span, begin, end, keys, workspace.sorted, num,
+                      *reinterpret_cast<SurePrefixShared*>(shared_memory() + sizeof(SelectShared)));
+  }
 
   // Keys above `lowest` are written, and of those equal to it the first `num_left`.
   uint32_t lowest = 0, num_left = 0;

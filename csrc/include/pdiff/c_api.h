@@ -152,7 +152,9 @@ typedef enum pdiff_unmask_rule {
   PDIFF_RULE_ENTROPY = 0,
   PDIFF_RULE_PROBABILITY = 1,
   PDIFF_RULE_MARGIN = 2,
-  PDIFF_RULE_THRESHOLD = 3
+  PDIFF_RULE_THRESHOLD = 3,
+  PDIFF_RULE_FACTOR = 4,
+  PDIFF_RULE_ENTROPY_BUDGET = 5
 } pdiff_unmask_rule;
 
 /* Row r of the logits already predicts token_ids[row_position[r]]. A setting is one value for all
@@ -186,7 +188,7 @@ typedef struct pdiff_unmask_args {
   const int32_t* top_k_per_span;
   float alg_temp; /* 0: take the best */
   const float* alg_temp_per_span;
-  float threshold; /* of PDIFF_RULE_THRESHOLD */
+  float threshold; /* of PDIFF_RULE_THRESHOLD, FACTOR and ENTROPY_BUDGET; 0 or greater */
   const float* threshold_per_span;
   int32_t step_idx;
   const int32_t* step_idx_per_span;

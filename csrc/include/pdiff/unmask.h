@@ -7,12 +7,17 @@
 
 namespace pdiff {
 
-/// Confidence by which a span chooses the positions it writes. Higher is more certain.
+/// How a span chooses the positions it writes: what ranks them, where higher is more certain, and
+/// which of the num_unmask best are written, beside the first.
 enum class UnmaskRule : int32_t {
-  kEntropy = 0,      // sum p log p: minus the entropy, in nats
-  kProbability = 1,  // p of the candidate
-  kMargin = 2,       // p of the likeliest token minus p of the second
-  kThreshold = 3,    // p of the candidate; only the best is written where p < threshold
+  kEntropy = 0,        // sum p log p, minus the entropy in nats: all
+  kProbability = 1,    // p of the candidate: all
+  kMargin = 2,         // p of the likeliest token minus p of the second: all
+  kThreshold = 3,      // p of the candidate: those with p >= threshold
+  kFactor = 4,         // p of the candidate: ranks r = 2, 3, ... as long as
+                       // (r + 1) (1 - p) < threshold (Wu et al. 2025, Fast-dLLM)
+  kEntropyBudget = 5,  // minus the entropy: as long as the entropies of the ranks before add up to
+                       // at most threshold (Ben-Hamu et al. 2025, entropy-bounded unmasking)
 };
 
 /// A setting of each span, or one for all of them.
@@ -30,12 +35,15 @@ struct PerSpan {
 ///            top_k-th; at least one token.
 /// Candidate  temperature 0: the likeliest token, lowest id first, confidence from unscaled logits;
 ///            else Gumbel-max over the kept set with the words of csrc/common/philox.h.
-/// Span       the num_unmask best by (confidence, then lower position) are written; alg_temp > 0
-///            draws them without replacement from softmax(confidence / alg_temp).
+/// Span       positions rank by (confidence, then lower position); alg_temp > 0 draws the ranks
+///            without replacement from softmax(confidence / alg_temp). Of the num_unmask best, the
+///            rule says which are written.
 /// Numerics   sums in blocks of float, joined in double in a fixed order: a row's result depends
-///            neither on the thread count nor on the other rows.
+///            neither on the thread count nor on the other rows. What a rule compares and
+///            adds up are the float confidences, in double, in an order fixed by the span alone:
+///            backends agree but for sums within rounding of the threshold.
 /// Not a distribution  a row with a NaN or +inf logit, or with nothing but -inf: is_nan = 1,
-///            candidate = -1, confidence = NaN, never written.
+///            candidate = -1, confidence = NaN, never written, has no rank.
 struct UnmaskParams {
   int64_t* token_ids;           // [total_tokens], written
   const void* logits;           // [num_rows, vocab_size] logits_dtype, rows logits_stride apart
@@ -64,7 +72,7 @@ struct UnmaskParams {
   PerSpan<float> top_p;        // 1 or greater: off
   PerSpan<int32_t> top_k;      // 0: off
   PerSpan<float> alg_temp;     // 0: take the best
-  PerSpan<float> threshold;    // read by UnmaskRule::kThreshold only
+  PerSpan<float> threshold;    // 0 or greater; of kThreshold, kFactor and kEntropyBudget
   PerSpan<int32_t> step_idx;
 
   int num_threads;

@@ -1,4 +1,4 @@
-"""unmask_ in three launches, four with bans: nothing is read back.
+"""unmask_ in three launches, one more for bans, one for some rules: nothing is read back.
 
 score   one program per row and segment of the vocabulary. Each lane carries what its logits add up
         to, the maximum, the sums of 2^d and d 2^d with d = (logit - max) / temperature * log2(e),
@@ -6,6 +6,8 @@ score   one program per row and segment of the vocabulary. Each lane carries wha
 finish  one program per row, in turns: joins the segments, finds what top-p and top-k keep, and
         gives confidence, candidate and is_nan. The kept set is everything above a logit, found by
         halving the range of float32 bit patterns over a list of the few tokens that can be in it.
+limit   one program per block of rows, for a rule that ends at the first position which is not sure:
+        lowers the quota of the span to those before it.
 select  one program per block of rows: a row's rank is the number of rows of its span before it.
 Bits    segments are of fixed length, so a row's result depends on no other row.
 """
@@ -22,7 +24,10 @@ from torch import Tensor
 from pdiff_runtime.ops.triton.gumbel import POSITION, TOKEN, gumbel, random_words
 from pdiff_runtime.ops.triton.launch import launches_on_its_device, multiprocessors
 
-ENTROPY, PROBABILITY, MARGIN, THRESHOLD = (tl.constexpr(code) for code in range(4))
+ENTROPY, PROBABILITY, MARGIN = (tl.constexpr(code) for code in range(3))
+"""What a position may be ranked by, and the rules that write all of the quota."""
+THRESHOLD, FACTOR, ENTROPY_BUDGET = (tl.constexpr(code) for code in range(3, 6))
+CONFIDENCE_OF_RULE = (ENTROPY, PROBABILITY, MARGIN, PROBABILITY, PROBABILITY, ENTROPY)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
@@ -382,7 +387,7 @@ def finish_kernel(
     temperatures, temperature, top_ps, top_p, top_ks, top_k, alg_temps, alg_temp,
     step_idxs, step_idx,
     logits_stride, vocab_size, num_rows, num_spans, num_segments,
-    RULE: tl.constexpr, DRAWS: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr,
+    CONFIDENCE: tl.constexpr, DRAWS: tl.constexpr, FILTERS: tl.constexpr, LANES: tl.constexpr,
     SEGMENTS: tl.constexpr, LANES_BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
     SPAN_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -410,7 +415,7 @@ def finish_kernel(
             total = tl.sum(total.to(tl.float64), axis=0)
             weighted = tl.sum(weighted.to(tl.float64), axis=0)
             second = row_max
-            if RULE == MARGIN:
+            if CONFIDENCE == MARGIN:
                 second = tl.load(at + SECOND, mask=is_segment, other=float("-inf"))
                 second = _second_of(largest, second)
             at_ids = ids + (row * num_segments + segment) * NUM_IDS
@@ -439,9 +444,9 @@ def finish_kernel(
 
             mass = total.to(tl.float32)
             has_drawn = draw_id != NO_ID  # not where every logit / temperature overflows
-            if RULE == ENTROPY:
+            if CONFIDENCE == ENTROPY:
                 value = LN_2 * ((weighted / total).to(tl.float32) - tl.log2(mass))
-            elif RULE == MARGIN:
+            elif CONFIDENCE == MARGIN:
                 value = (1.0 - tl.exp2(_distance(second, row_max, scale))) / mass
             else:
                 x = tl.load(base + draw_id, mask=has_drawn, other=0.0).to(tl.float32)
@@ -464,14 +469,13 @@ def finish_kernel(
 # -- select ----------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_spans", "total_tokens"])
-def select_kernel(
-    token_ids, row_position, cu_rows_span, num_unmask, rank_key, confidence, candidate, is_written,
-    num_masked, thresholds, threshold, num_rows, num_spans, total_tokens,
-    RULE: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _ranked(
+    rank_key, confidence, cu_rows_span, row, num_rows, num_spans,
+    ADDS_ENTROPY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes token_ids and is_written, and counts. Positions out of range are not written."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Of each row: its span, whether it has one, how many rows of it rank before this one, and
+    their entropies added up, if wanted, in the order of rows."""
     is_row = row < num_rows
     span = tl.zeros([ROWS], tl.int32)
     for first in range(0, num_spans, ROWS):
@@ -484,22 +488,67 @@ def select_kernel(
     key = tl.load(rank_key + row, mask=is_row, other=0.0)
 
     rank = tl.zeros([ROWS], tl.int32)
+    entropy_before = tl.zeros([ROWS], tl.float64)
     first_row = tl.maximum(tl.min(begin, axis=0), 0)
     last_row = tl.minimum(tl.max(end, axis=0), num_rows)
     for first in range(first_row, last_row, ROWS):
         other = first + tl.arange(0, ROWS)
-        other_key = tl.load(rank_key + other, mask=other < num_rows, other=float("-inf"))[None, :]
+        is_other = other < num_rows
+        other_key = tl.load(rank_key + other, mask=is_other, other=float("-inf"))[None, :]
+        if ADDS_ENTROPY:
+            entropy = -tl.load(confidence + other, mask=is_other, other=0.0).to(tl.float64)[None, :]
         other = other[None, :]
         before = (other_key > key[:, None]) | ((other_key == key[:, None]) & (other < row[:, None]))
         before = before & (other >= begin[:, None]) & (other < end[:, None])
         rank += tl.sum(before.to(tl.int32), axis=1)
+        if ADDS_ENTROPY:
+            entropy_before += tl.sum(tl.where(before, entropy, 0.0), axis=1)
+    return span, in_span & (row >= begin), rank, entropy_before  # none before the first span
 
-    in_span = in_span & (row >= begin)  # a row before the first span is of none
+
+@triton.jit
+def _threshold_of(thresholds, threshold, span, in_span):
+    """Of each row."""
+    if thresholds is not None:
+        threshold = tl.load(thresholds + span, mask=in_span, other=0.0)
+    return threshold
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_spans"])
+def limit_kernel(
+    num_unmask, cu_rows_span, rank_key, confidence, is_nan, thresholds, threshold,
+    num_rows, num_spans, RULE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Lowers num_unmask, for a rule that writes a prefix."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    span, in_span, rank, entropy_before = _ranked(
+        rank_key, confidence, cu_rows_span, row, num_rows, num_spans, RULE == ENTROPY_BUDGET, ROWS
+    )
+    limit = tl.maximum(_threshold_of(thresholds, threshold, span, in_span), 0.0)
+    if RULE == FACTOR:  # ranks from 1 in the formula
+        p = tl.load(confidence + row, mask=in_span, other=1.0).to(tl.float64)
+        is_sure = (rank + 2).to(tl.float64) * (1.0 - p) < limit
+    else:
+        is_sure = entropy_before <= limit
+    has_rank = in_span & (tl.load(is_nan + row, mask=in_span, other=1) == 0)
+    tl.atomic_min(num_unmask + span, rank, mask=has_rank & (rank > 0) & ~is_sure)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_spans", "total_tokens"])
+def select_kernel(
+    token_ids, row_position, cu_rows_span, num_unmask, rank_key, confidence, candidate, is_written,
+    num_masked, thresholds, threshold, num_rows, num_spans, total_tokens,
+    RULE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes token_ids and is_written, and counts. Positions out of range are not written."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    span, in_span, rank, _ = _ranked(
+        rank_key, confidence, cu_rows_span, row, num_rows, num_spans, False, ROWS
+    )
     chosen = in_span & (rank < tl.load(num_unmask + span, mask=in_span, other=0))
     if RULE == THRESHOLD:
-        least = threshold
-        if thresholds is not None:
-            least = tl.load(thresholds + span, mask=in_span, other=0.0)
+        least = _threshold_of(thresholds, threshold, span, in_span)
         is_sure = tl.load(confidence + row, mask=is_row, other=0.0) >= least
         chosen = chosen & ((rank == 0) | is_sure)
     token = tl.load(candidate + row, mask=is_row, other=-1)
@@ -567,6 +616,7 @@ def unmask(
         or isinstance(top_k, Tensor)
         or 0 < top_k < vocab_size
     )
+    ranked_by = CONFIDENCE_OF_RULE[rule_code].value
     bans = _bans_of(banned_ids, vocab_size)
     random_position = row_position if positions is None else positions
     num_segments = triton.cdiv(vocab_size, SEGMENT)
@@ -584,19 +634,27 @@ def unmask(
     score_kernel[(num_rows, num_segments)](
         *shared, *_pair(temperature), *_pair(top_p), *_pair(top_k, int), *_pair(step_idx, int),
         logits.stride(0), vocab_size, num_spans,
-        draws, filters, rule_code == MARGIN.value, LANES, 16 // logits.element_size(), SEGMENT,
+        draws, filters, ranked_by == MARGIN.value, LANES, 16 // logits.element_size(), SEGMENT,
         SPAN_BLOCK, num_warps=LANES // 32,
     )  # fmt: skip
     finish_kernel[(num_programs,)](
         *shared, lists, confidence, candidate, is_nan.view(torch.uint8), rank_key,
         *_pair(temperature), *_pair(top_p), *_pair(top_k, int), *_pair(alg_temp),
         *_pair(step_idx, int), logits.stride(0), vocab_size, num_rows, num_spans, num_segments,
-        rule_code, draws, filters, LANES, triton.next_power_of_2(num_segments),
+        ranked_by, draws, filters, LANES, triton.next_power_of_2(num_segments),
         triton.next_power_of_2(num_segments * LANES), LIST_BLOCK, SPAN_BLOCK,
         num_warps=8 if filters else 1,
     )  # fmt: skip
-    select_kernel[(triton.cdiv(num_rows, SELECT_ROWS),)](
+    select_grid = (triton.cdiv(num_rows, SELECT_ROWS),)
+    limits = _pair(0.0 if threshold is None else threshold)
+    if rule_code in (FACTOR.value, ENTROPY_BUDGET.value):
+        num_unmask = num_unmask.clone()
+        limit_kernel[select_grid](
+            num_unmask, cu_rows_span, rank_key, confidence, is_nan.view(torch.uint8), *limits,
+            num_rows, num_spans, rule_code, SELECT_ROWS, num_warps=4,
+        )  # fmt: skip
+    select_kernel[select_grid](
         token_ids, row_position, cu_rows_span, num_unmask, rank_key, confidence, candidate,
-        is_written.view(torch.uint8), num_masked, *_pair(0.0 if threshold is None else threshold),
+        is_written.view(torch.uint8), num_masked, *limits,
         num_rows, num_spans, len(token_ids), rule_code, SELECT_ROWS, num_warps=4,
     )  # fmt: skip
