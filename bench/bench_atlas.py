@@ -11,21 +11,17 @@ only. Mode "diffusion" is given the true length of the answer, which favours it.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import json
 import platform
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pdiff_runtime import LLM, GenerationParams, RequestOutput
-from pdiff_runtime.bench.models import held_out_records
+from pdiff_runtime import LLM, GenerationParams
+from pdiff_runtime.eval.atlas import answer_len, evaluate, held_out_records
 from pdiff_runtime.models import BUNDLED_MODEL
-from pdiff_runtime.train.synth import score
 
 Records = list[dict[str, Any]]
 
@@ -48,68 +44,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def marks_of(record: dict[str, Any], output: RequestOutput, mode: str) -> list[bool]:
-    """Right or wrong for each part of a record."""
-    parts = record["parts"]
-    if mode != "planned":
-        return score(parts, answer_text=output.text)
-    spans = collections.defaultdict(list)
-    for plan_round in output.rounds:
-        for topic, text in zip(plan_round.topics, plan_round.spans, strict=False):
-            spans[topic].append(text)
-    texts = [spans[p["topic"]].pop(0) if spans[p["topic"]] else "" for p in parts]
-    return score(parts, texts)
-
-
-def answer_len(llm: LLM, record: dict[str, Any]) -> int:
-    """Tokens of the record's answer in its first wordings, rounded up to the length unit."""
-    assert llm.tokenizer is not None
-    text = " ".join(part["accepted"][0] for part in record["parts"])
-    unit = llm.model.config.length_unit
-    return -(-len(llm.tokenizer.encode_text(text)) // unit) * unit
-
-
 def measure(llm: LLM, records: Records, setting: dict[str, Any], num_timed: int) -> dict[str, Any]:
     """Accuracy, validity and cost of one setting."""
-    mode = setting.get("mode", "planned")
     params = [
         GenerationParams(
-            max_tokens=answer_len(llm, record) + 2 if mode == "diffusion" else MAX_TOKENS, **setting
+            max_tokens=answer_len(llm, record) + 2
+            if setting.get("mode") == "diffusion"
+            else MAX_TOKENS,
+            **setting,
         )
         for record in records
     ]
-    outputs = llm.generate([record["prompt"] for record in records], params)
-    right: dict[str, list[bool]] = collections.defaultdict(list)
-    topics_right, lengths, needed = [], 0, 0
-    for record, output in zip(records, outputs, strict=True):
-        right[record["family"]] += marks_of(record, output, mode)
-        topics = [topic for plan_round in output.rounds for topic in plan_round.topics]
-        topics_right.append(topics == [part["topic"] for part in record["parts"]])
-        lengths += output.usage.span_tokens
-        needed += output.usage.span_tokens - output.usage.pad_tokens
-    seconds = []
-    for record, each in list(zip(records, params, strict=True))[:num_timed]:
-        start = time.perf_counter()
-        llm.generate([record["prompt"]], each)
-        seconds.append(time.perf_counter() - start)
+    report = evaluate(llm, records, params, batch=len(records))
+    families, overall = report.families, report.overall
     result: dict[str, Any] = {
-        "accuracy": {family: statistics.mean(marks) for family, marks in right.items()},
-        "num_facts": {family: len(marks) for family, marks in right.items()},
-        "forwards": {
-            family: statistics.mean(
-                o.usage.num_forwards
-                for r, o in zip(records, outputs, strict=True)
-                if r["family"] == family
-            )
-            for family in right
-        },
-        "seconds_per_prompt": statistics.median(seconds) if seconds else None,
-        "finish_reasons": collections.Counter(o.finish_reason for o in outputs),
+        "accuracy": {name: scores.exact for name, scores in families.items()},
+        "num_facts": {name: scores.num_facts for name, scores in families.items()},
+        "forwards": {name: scores.num_forwards for name, scores in families.items()},
+        "seconds_per_prompt": None,
+        "finish_reasons": report.finish_reasons,
     }
-    if mode == "planned":
-        result["valid_plans"] = statistics.mean(o.finish_reason == "stop" for o in outputs)
-        result["topics_exact"] = statistics.mean(topics_right)
-        result["pad_share"] = 1 - needed / max(1, lengths)
+    if num_timed:
+        timed = evaluate(llm, records[:num_timed], params[:num_timed])
+        result["seconds_per_prompt"] = timed.overall.latency
+    if overall.topics_exact is not None:
+        result["valid_plans"] = 1 - overall.num_failures / overall.num_prompts
+        result["topics_exact"] = overall.topics_exact
+        result["pad_share"] = overall.padding
     return result
 
 

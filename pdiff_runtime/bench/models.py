@@ -1,4 +1,4 @@
-"""What benches of whole answers run: the bundled model's prompts, and decoders with random weights.
+"""What benches of whole answers run: decoders with random weights, and prompts for them.
 
 The decoders write a plan by themselves. What a row holds is mostly its own token's embedding, so a
 row of the head that resembles it makes one token follow another: :data:`PROMPT_END` starts topics
@@ -9,12 +9,10 @@ the plan.
 from __future__ import annotations
 
 import itertools
-import json
-from typing import Any
 
 import torch
 
-from pdiff_runtime.models import BUNDLED_MODEL, Decoder, ModelConfig
+from pdiff_runtime.models import Decoder, ModelConfig
 from pdiff_runtime.plan import ControlTokens
 
 TAGS = ControlTokens(
@@ -71,12 +69,6 @@ def planning_model(
         head[after] += strength * embedding[before]
     head[TAGS.eos] += 0.5 * strength * embedding[TAGS.topic_end]
     return model
-
-
-def held_out_records() -> list[dict[str, Any]]:
-    """Prompts that the bundled model has not seen, with what is right about each."""
-    lines = (BUNDLED_MODEL / "eval.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def random_prompt(num_tokens: int, seed: int) -> list[int]:

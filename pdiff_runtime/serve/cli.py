@@ -15,6 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pdiff_runtime.serve.eval import evaluation
+from pdiff_runtime.serve.options import (
+    check_device,
+    device_option,
+    generation_options,
+    load,
+    set_threads,
+    threads_option,
+)
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -64,39 +74,12 @@ def cli() -> None:
     """Planned diffusion language models: generate, train, check."""
 
 
+cli.add_command(evaluation)
+
+
 def main() -> None:
     """Entry point of the console script."""
     cli(prog_name="pdiff")
-
-
-threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores."
-)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-device_option = click.option(
-    "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:N."
-)
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: torch {torch.__version__} sees no CUDA device")
 
 
 # --- generate ------------------------------------------------------------------------------------
@@ -104,67 +87,13 @@ def _check_device(name: str) -> None:
 
 @cli.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option("--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled.")
-@click.option("--mode", metavar="MODE", help="planned (default), ar or diffusion.")
-@click.option(
-    "--max-tokens",
-    type=int,
-    metavar="N",
-    help="Tokens after the prompt: plan, tags, spans with their pads; default 256.",
-)
-@click.option("--temperature", type=float, metavar="T", help="0 (default): the likeliest token.")
-@click.option("--top-p", type=float, metavar="P", help="Sample from this share of probability.")
-@click.option("--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens.")
-@click.option("--seed", type=int, metavar="N", help="Of the random numbers; default: drawn.")
-@click.option(
-    "--unmask",
-    metavar="RULE",
-    help="Which positions a step writes first: entropy, maskgit_plus, topk_margin or "
-    "confidence_threshold; default: what the model recommends, else entropy.",
-)
-@click.option(
-    "--steps-ratio",
-    type=float,
-    metavar="R",
-    help="Denoising steps per token of the longest span; default 1. Implies --unmask entropy "
-    "unless that says otherwise.",
-)
-@click.option(
-    "--threshold",
-    type=float,
-    metavar="P",
-    help="Probability from which confidence_threshold writes a position.",
-)
-@click.option(
-    "--alg-temp", type=float, metavar="T", help="Temperature of the order of positions; default 0."
-)
-@click.option(
-    "--length-scale",
-    type=float,
-    metavar="X",
-    help="Tokens per unit of a topic's number; default: the model's own.",
-)
-@click.option("--joint", is_flag=True, help="Let the spans of a round see one another.")
-@click.option(
-    "--kv-commit",
-    metavar="HOW",
-    help="Keys and values of finished spans: clean (default) or published.",
-)
+@generation_options()
 @click.option(
     "--plan",
     metavar="JSON",
     help='Your own plan instead of the model\'s: [["topic", length in tokens], ...], '
     "or a list of such rounds.",
 )
-@click.option("--no-grammar", is_flag=True, help="Let the model write malformed plans.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    help="Of weights and computation; default bfloat16.",
-)
-@device_option
-@threads_option
 @click.option(
     "--pace",
     type=click.FloatRange(min=0.0),
@@ -176,9 +105,8 @@ def _check_device(name: str) -> None:
 @click.option("--plain", is_flag=True, help="Only the answer, as without a terminal.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object per prompt.")
 def generate(
-    prompts: tuple[str, ...], model: str | None, dtype: str, device: str, threads: int | None,
-    pace: float, plain: bool, is_json: bool, plan: str | None, joint: bool, no_grammar: bool,
-    **knobs: Any,
+    prompts: tuple[str, ...], pace: float, plain: bool, is_json: bool, plan: str | None,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Answer each PROMPT; - reads one from stdin.
 
@@ -192,26 +120,15 @@ def generate(
     console = Console(highlight=False)
     is_live = not (plain or is_json) and console.is_terminal
     with console.status("loading") if is_live else contextlib.nullcontext():
-        import torch
-
-        from pdiff_runtime.engine import LLM
         from pdiff_runtime.serve.generate import as_json, complaint, parse_plan, watch
 
         user_plan = None if plan is None else parse_plan(plan)
-        _set_threads(threads)
-        _check_device(device)
-        llm = LLM(model, dtype=getattr(torch, dtype), device=device)
-        given = {name: value for name, value in knobs.items() if value is not None}
-        if "steps_ratio" in given:
-            given.setdefault("unmask", "entropy")  # a rule that counts steps
-        params = dataclasses.replace(
-            llm.default_params, **given, isolate_spans=not joint, use_grammar=not no_grammar,
-            plan=user_plan,
-        )  # fmt: skip
+        llm, params = load(**options)
+        params = dataclasses.replace(params, plan=user_plan)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     outputs = []
     if is_live:
-        if model is None:
+        if options["model"] is None:
             _print_banner(console, llm)
         for text in texts:
             if len(texts) > 1:
@@ -306,8 +223,8 @@ def train(
     loaded = load_recipe(recipe)
     if data is not None:
         loaded = dataclasses.replace(loaded, data=data)
-    _set_threads(threads)
-    _check_device(device)
+    set_threads(threads)
+    check_device(device)
     out = out or Path("runs") / loaded.name
     try:
         with TrainingProgress(loaded, is_live=sys.stdout.isatty()) as progress:
@@ -362,7 +279,7 @@ def kernels(
     unknown = [name for name in kernel if name not in suite.KERNELS]
     if unknown:
         raise ValueError(f"KERNEL: expected {', '.join(suite.KERNELS)}, got {unknown[0]}")
-    _set_threads(threads)
+    set_threads(threads)
     if keep_memory:
         keep_freed_memory()
     suite.prepare(out)
@@ -448,9 +365,9 @@ def _bench_load(
     from pdiff_runtime import LLM, EngineConfig
     from pdiff_runtime.bench import engine as runs
     from pdiff_runtime.bench.measure import machine
-    from pdiff_runtime.bench.models import held_out_records
+    from pdiff_runtime.eval import held_out_records
 
-    _set_threads(threads)
+    set_threads(threads)
     llm = LLM(model, config=EngineConfig(batch_invariant=invariant))
     if not prompts:
         prompts = tuple(record["prompt"] for record in held_out_records())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,3 +60,23 @@ def _fact_key(part: dict[str, Any], wording: str) -> str:
     if part["field"] == "neighbour":
         return wording.removeprefix("One neighbour is ").removeprefix("Next to it is ")
     return part["field"]
+
+
+def coupled_statements(parts: Sequence[dict[str, Any]], text: str) -> list[str]:
+    """Facts that a text states in answer to coupled parts, each as often as it is stated.
+
+    Coupled parts accept the same wordings, so that several spans may hit on the same fact.
+
+    Args:
+        parts: The ``"parts"`` of an evaluation record.
+        text: The whole answer.
+    """
+    shared = collections.Counter(tuple(part["accepted"]) for part in parts)
+    field_of = {tuple(part["accepted"]): part for part in parts}
+    return [
+        _fact_key(field_of[accepted], wording)
+        for accepted, num_parts in shared.items()
+        if num_parts > 1
+        for wording in accepted
+        for _ in range(text.count(wording))
+    ]

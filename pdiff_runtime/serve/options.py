@@ -1,0 +1,159 @@
+"""Options that commands share, and the model and parameters they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from pdiff_runtime.engine import LLM, GenerationParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores."
+)
+device_option = click.option(
+    "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:N."
+)
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many threads; None leaves it as it is."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: It is no device's name, or torch sees none.
+    """
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: torch {torch.__version__} sees no CUDA device")
+
+
+def generation_options(*, seed: int | None = None) -> Callable[[Command], Command]:
+    """Declare a model and how it generates; :func:`load` takes all of these options.
+
+    Args:
+        seed: Of the random numbers unless the user gives one; None has it drawn.
+    """
+    options = (
+        click.option(
+            "--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled."
+        ),
+        click.option("--mode", metavar="MODE", help="planned (default), ar or diffusion."),
+        click.option(
+            "--max-tokens",
+            type=int,
+            metavar="N",
+            help="Tokens after the prompt: plan, tags, spans with their pads; default 256.",
+        ),
+        click.option(
+            "--temperature", type=float, metavar="T", help="0 (default): the likeliest token."
+        ),
+        click.option(
+            "--top-p", type=float, metavar="P", help="Sample from this share of probability."
+        ),
+        click.option("--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens."),
+        click.option(
+            "--seed",
+            type=int,
+            default=seed,
+            metavar="N",
+            help=f"Of the random numbers; default: {'drawn' if seed is None else seed}.",
+        ),
+        click.option(
+            "--unmask",
+            metavar="RULE",
+            help="Which positions a step writes first: entropy, maskgit_plus, topk_margin or "
+            "confidence_threshold; default: what the model recommends, else entropy.",
+        ),
+        click.option(
+            "--steps-ratio",
+            type=float,
+            metavar="R",
+            help="Denoising steps per token of the longest span; default 1. Implies --unmask "
+            "entropy unless that says otherwise.",
+        ),
+        click.option(
+            "--threshold",
+            type=float,
+            metavar="P",
+            help="Probability from which confidence_threshold writes a position.",
+        ),
+        click.option(
+            "--alg-temp",
+            type=float,
+            metavar="T",
+            help="Temperature of the order of positions; default 0.",
+        ),
+        click.option(
+            "--length-scale",
+            type=float,
+            metavar="X",
+            help="Tokens per unit of a topic's number; default: the model's own.",
+        ),
+        click.option("--joint", is_flag=True, help="Let the spans of a round see one another."),
+        click.option(
+            "--kv-commit",
+            metavar="HOW",
+            help="Keys and values of finished spans: clean (default) or published.",
+        ),
+        click.option("--no-grammar", is_flag=True, help="Let the model write malformed plans."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["bfloat16", "float16", "float32"]),
+            default="bfloat16",
+            help="Of weights and computation; default bfloat16.",
+        ),
+        device_option,
+        threads_option,
+    )
+
+    def declare(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return declare
+
+
+def load(
+    *, model: str | None, dtype: str, device: str, threads: int | None, joint: bool,
+    no_grammar: bool, **knobs: Any,
+) -> tuple[LLM, GenerationParams]:  # fmt: skip
+    """The model that :func:`generation_options` name, and its parameters where they say nothing.
+
+    Raises:
+        ValueError: No such model or device, or a parameter out of its range.
+    """
+    import torch
+
+    from pdiff_runtime.engine import LLM
+
+    set_threads(threads)
+    check_device(device)
+    llm = LLM(model, dtype=getattr(torch, dtype), device=device)
+    given = {name: value for name, value in knobs.items() if value is not None}
+    if "steps_ratio" in given:
+        given.setdefault("unmask", "entropy")  # a rule that counts steps
+    params = dataclasses.replace(
+        llm.default_params, **given, isolate_spans=not joint, use_grammar=not no_grammar
+    )
+    return llm, params
