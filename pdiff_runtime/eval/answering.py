@@ -76,3 +76,8 @@ def _refused(error: ValueError) -> RequestOutput:
         request_id="", token_ids=[], text="", rounds=[], finish_reason="error", usage=Usage(),
         error=GenerationError(str(error)),
     )  # fmt: skip
+
+
+def topics_of(output: RequestOutput) -> list[str]:
+    """Topics of all rounds; none where the answer has no plan."""
+    return [topic for plan_round in output.rounds for topic in plan_round.topics]

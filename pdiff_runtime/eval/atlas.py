@@ -19,7 +19,7 @@ from typing import Any
 
 from pdiff_runtime.engine import LLM, GenerationParams, RequestOutput
 from pdiff_runtime.engine.params import UserRound
-from pdiff_runtime.eval.answering import answer
+from pdiff_runtime.eval.answering import answer, topics_of
 from pdiff_runtime.models import BUNDLED_MODEL, Tokenizer
 from pdiff_runtime.train.synth import score
 from pdiff_runtime.train.synth.score import coupled_statements
@@ -39,11 +39,6 @@ def held_out_records() -> list[Record]:
 
 
 # --- one answer ----------------------------------------------------------------------------------
-
-
-def topics_of(output: RequestOutput) -> list[str]:
-    """Topics of all rounds; none where the answer has no plan."""
-    return [topic for plan_round in output.rounds for topic in plan_round.topics]
 
 
 def spans_of(record: Record, output: RequestOutput) -> list[tuple[str, int]]:

@@ -22,7 +22,7 @@ def write_json(path: Path, value: object) -> None:
     """Write a JSON file in one go: whoever reads meanwhile sees the old one or the new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

