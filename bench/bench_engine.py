@@ -35,7 +35,7 @@ from pdiff_runtime.bench.models import (
     random_prompt,
 )
 from pdiff_runtime.engine import SpanUpdate
-from pdiff_runtime.eval import held_out_records
+from pdiff_runtime.eval.atlas import held_out_records
 
 NUM_TOPICS, NUMBER, PROMPT_LEN = 8, 6, 160
 TOPIC = [TAGS.topic_start, *WORDS, TAGS.digits[NUMBER], TAGS.topic_end]

@@ -11,9 +11,15 @@ from rich.console import Console
 
 from pdiff_runtime import LLM, EngineConfig, GenerationParams, RequestOutput
 from pdiff_runtime.engine import Round, Usage
-from pdiff_runtime.eval import evaluate, held_out_records
 from pdiff_runtime.eval.answering import answer
-from pdiff_runtime.eval.atlas import Scored, answer_len, marks_of, true_plan
+from pdiff_runtime.eval.atlas import (
+    Scored,
+    answer_len,
+    evaluate,
+    held_out_records,
+    marks_of,
+    true_plan,
+)
 from pdiff_runtime.serve.cli import cli
 from pdiff_runtime.serve.eval import table_of
 

@@ -61,14 +61,15 @@ def answer(
 def _outcomes(
     llm: LLM, requests: list[tuple[Prompt, GenerationParams]]
 ) -> list[RequestOutput | ValueError]:
-    """Outputs of one batch. One bad prompt keeps all of it from being run: then one by one."""
+    """Outputs of one batch. One bad prompt keeps all of it from being run: then each half."""
     prompts, params = zip(*requests, strict=True)
     try:
         return [*llm.generate(prompts, params)]
     except ValueError as error:
         if len(requests) == 1:
             return [error]
-    return [outcome for request in requests for outcome in _outcomes(llm, [request])]
+    half = len(requests) // 2
+    return _outcomes(llm, requests[:half]) + _outcomes(llm, requests[half:])
 
 
 def _refused(error: ValueError) -> RequestOutput:

@@ -365,7 +365,7 @@ def _bench_load(
     from pdiff_runtime import LLM, EngineConfig
     from pdiff_runtime.bench import engine as runs
     from pdiff_runtime.bench.measure import machine
-    from pdiff_runtime.eval import held_out_records
+    from pdiff_runtime.eval.atlas import held_out_records
 
     set_threads(threads)
     llm = LLM(model, config=EngineConfig(batch_invariant=invariant))

@@ -146,14 +146,12 @@ def load(
     import torch
 
     from pdiff_runtime.engine import LLM
+    from pdiff_runtime.eval.knobs import with_knobs
 
     set_threads(threads)
     check_device(device)
     llm = LLM(model, dtype=getattr(torch, dtype), device=device)
-    given = {name: value for name, value in knobs.items() if value is not None}
-    if "steps_ratio" in given:
-        given.setdefault("unmask", "entropy")  # a rule that counts steps
     params = dataclasses.replace(
-        llm.default_params, **given, isolate_spans=not joint, use_grammar=not no_grammar
+        with_knobs(llm.default_params, knobs), isolate_spans=not joint, use_grammar=not no_grammar
     )
     return llm, params
