@@ -95,8 +95,15 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     write_json(file, {"old": 1})
     with pytest.raises(TypeError):
         write_json(file, {"new": object()})
-    assert json.loads(file.read_text()) == {"old": 1}
-    assert list(tmp_path.iterdir()) == [file]
+    with file.open() as reader:
+        write_json(file, {"new": 1})
+        assert json.load(reader) == {"old": 1}
+    assert json.loads(file.read_text()) == {"new": 1}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(OSError):
+        write_json(folder, {})
+    assert sorted(tmp_path.iterdir()) == [file, folder]
 
 
 # --- failures ------------------------------------------------------------------------------------

@@ -176,11 +176,13 @@ def test_a_report_of_the_bundled_model(llm, few):
     assert report.macro_exact == pytest.approx(sum(independent) / 4)
     assert report.overall.topics_exact == 1.0
     assert report.overall.exact > 0.5
-    assert 0 < report.overall.padding < 0.5
     assert report.families["coupled"].repeated is not None
     assert report.families["sheet"].repeated is None
-    forwards = [answer.output.usage.critical_path for answer in report.answers]
-    assert report.overall.critical_path == pytest.approx(sum(forwards) / 10)
+    usages = [scored.output.usage for scored in report.answers]
+    assert report.overall.critical_path == pytest.approx(sum(u.critical_path for u in usages) / 10)
+    assert report.overall.padding * sum(u.span_tokens for u in usages) == pytest.approx(
+        sum(usage.pad_tokens for usage in usages)
+    )
     assert json.loads(json.dumps(report.to_dict()))["overall"]["num_prompts"] == 10
 
 
@@ -277,6 +279,15 @@ def test_json_on_stdout_is_the_report_without_answers():
     assert report["header"]["settings"]["mode"] == "ar"
     assert report["overall"]["num_prompts"] == 1
     assert "answers" not in report
+
+
+def test_a_number_of_steps_takes_a_rule_that_counts_them():
+    args = ["--limit", 1, "--family", "scope", "--json", "--steps-ratio", 0.5]
+    rules = [
+        json.loads(run(*args, *more).stdout)["header"]["settings"]["unmask"]
+        for more in ([], ["--unmask", "maskgit_plus"])
+    ]
+    assert rules == ["entropy", "maskgit_plus"]
 
 
 def test_only_coupled_parts_have_no_mean():

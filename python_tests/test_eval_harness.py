@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
 import lm_eval
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
@@ -158,17 +159,18 @@ def test_a_plan_has_no_likelihood(lm):
 def test_likelihoods_are_the_causal_ones(llm, peru):
     lm = PlannedDiffusionLM(llm, likelihood="ar")
     answer = llm.generate([PERU], GenerationParams(mode="ar"))[0].text
+    long = "a " * 600 + peru
     found = lm.loglikelihood(
-        requests("loglikelihood", (peru, answer), ("", answer), ("a " * 600, answer)),
-        disable_tqdm=True,
+        requests("loglikelihood", (peru, answer), ("", answer), (long, answer)), disable_tqdm=True
     )
     ids = lm.tok_encode(answer)
-    pairs = [(lm.tok_encode(peru), ids), ([llm.tags.eos], ids)]
+    cut = lm.tok_encode(long)[-(lm.max_length + 1 - len(ids)) :]
+    pairs = [(lm.tok_encode(peru), ids), ([llm.tags.eos], ids), (cut, ids)]
     banned = sorted(llm.tags.control_ids - {llm.tags.eos})
     expected = causal_log_likelihoods(llm.model, pairs, banned_ids=banned)
-    assert [value for value, _ in found[:2]] == pytest.approx([v for v, _ in expected], abs=0.05)
-    assert [flag for _, flag in found] == [True, False, False]
-    assert found[2][0] < found[0][0], "too long a context is cut on its left"
+    assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], abs=0.05)
+    assert [flag for _, flag in found] == [flag for _, flag in expected]
+    assert found[0][1], "what mode ar writes"
 
 
 def test_a_text_longer_than_the_model_is_scored_in_windows(llm):
@@ -212,6 +214,12 @@ def test_arguments_come_as_a_string():
     assert (settings["mode"], settings["seed"], settings["max_tokens"]) == ("ar", 5, 33)
     assert settings["use_grammar"] is False
     assert lm.batch_size == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_default_device_of_the_harness_is_the_cpu_where_there_is_no_other():
+    lm = get_model("pdiff").create_from_arg_string("", {"device": "cuda:0"})
+    assert lm.get_model_info()["pdiff"]["device"] == "cpu"
 
 
 def task(folder, **fields: object) -> dict:

@@ -78,6 +78,8 @@ class PlannedDiffusionLM(TemplateLM):
         else:
             if dtype not in _DTYPES:
                 raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+            if device.startswith("cuda") and not torch.cuda.is_available():
+                device = "cpu"  # the harness says cuda:0 where the user says nothing
             self.llm = LLM(pretrained, dtype=_DTYPES[dtype], device=device)
             self.name = pretrained or "bundled"
         if self.llm.tokenizer is None:
@@ -213,6 +215,7 @@ class PlannedDiffusionLM(TemplateLM):
         info: dict[str, Any] = {
             "version": __version__,
             "model": self.name,
+            "device": str(self.llm.model.lm_head.weight.device),
             "settings": dataclasses.asdict(self.params),
             "likelihood": self.likelihood,
             "batch_size": self.batch_size,
