@@ -318,6 +318,7 @@ def test_the_table_fits_80_columns(llm, few):
         (["--model", "/no/such/folder"], "model: no folder"),
         (["--seed", -1], "seed: expected an integer"),
         (["--out", "/dev/null/report.json"], "/dev/null: "),
+        (["--out", ""], "out: expected the name of a file, got '.'"),
         (["--out", "."], "Invalid value for '--out'"),
     ],
 )

@@ -12,7 +12,10 @@ def prepare(path: Path) -> None:
 
     Raises:
         OSError: It can not be made or not be written to.
+        ValueError: The file has no name.
     """
+    if not path.name:
+        raise ValueError(f"out: expected the name of a file, got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(13, "no permission to write there", str(path.parent))

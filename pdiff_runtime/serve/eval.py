@@ -236,7 +236,7 @@ def _summary(report: Report, batch: int) -> str:
     "evaluation only).",
 )
 @click.option(
-    "--generator", default="pdiff_runtime", metavar="NAME", help="Of the model, for the judge."
+    "--generator", default="pdiff_runtime", metavar="NAME", help="The model's name for the judge."
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N prompts.")
 @click.option(
@@ -247,11 +247,14 @@ def _summary(report: Report, batch: int) -> str:
     help="Prompts answered together; default 16. With 1 an answer's seconds are its latency.",
 )
 @generation_options(seed=0)
-@_out_option("alpaca.json", "Where the answers go, and beside it FILE.usage.json; alpaca.json.")
+@_out_option(
+    "alpaca.json",
+    "Where the answers go, what they cost in a .usage.json beside it; default: alpaca.json.",
+)
 def alpaca(
     prompts: str, generator: str, limit: int | None, batch: int, out: Path, **options: Any
 ) -> None:
-    """Write answers in AlpacaEval's format, and beside them what each of them cost.
+    """Write answers in AlpacaEval's format, and what each of them cost.
 
     No judge is called. Each prompt is tried once; one that fails has an empty answer and is
     counted.
