@@ -158,7 +158,10 @@ def test_a_cut_answer_says_so(model_dir):
         (["Hello <sync/> there"], "prompt: contains the control tag '<sync/>'"),
         ([], "Missing argument 'PROMPT...'"),
         ([PROMPT, "--model", "/no/such/folder"], "model: no folder '/no/such/folder'"),
-        ([PROMPT, "--mode", "fast"], "mode: expected 'planned', 'ar' or 'diffusion', got 'fast'"),
+        (
+            [PROMPT, "--mode", "fast"],
+            "mode: expected one of 'planned', 'ar', 'diffusion', 'fast_dllm', 'skeleton', got 'fast'",
+        ),
         ([PROMPT, "--max-tokens", 0], "max_tokens: expected an integer from 1"),
         ([PROMPT, "--max-tokens", 100_000], "max_tokens: a prompt of"),
         ([PROMPT, "--temperature", "nan"], "temperature: expected a number"),

@@ -88,13 +88,21 @@ def write(token_ids, logits, candidates, banned, params, step_idx, num_planned_s
     logits[:, list(banned)] = -torch.inf
     probs = logits.softmax(-1)
     best, token = probs.max(-1)
-    if params.unmask == "entropy":
+    if params.unmask in ("entropy", "entropy_budget"):
         confidence = torch.special.xlogy(probs, probs).sum(-1)
     else:
         confidence = best
     order = confidence.argsort(descending=True, stable=True).tolist()
+    limit = params.threshold
     if params.unmask == "confidence_threshold":
-        chosen = [i for rank, i in enumerate(order) if rank == 0 or best[i] >= params.threshold]
+        chosen = [i for rank, i in enumerate(order) if rank == 0 or best[i] >= limit]
+    elif params.unmask == "factor":
+        sure = itertools.takewhile(lambda each: (each[0] + 2) * (1 - best[each[1]]) < limit,
+                                   itertools.islice(enumerate(order), 1, None))  # fmt: skip
+        chosen = [order[0], *(i for _, i in sure)]
+    elif params.unmask == "entropy_budget":
+        spent = itertools.accumulate((-confidence[i].item() for i in order), initial=0.0)
+        chosen = [i for i, before in zip(order, spent, strict=False) if before <= limit]
     else:
         chosen = order[: num_unmask(len(candidates), step_idx, num_planned_steps)]
     for i in chosen:
@@ -151,6 +159,8 @@ ONE_SPAN = [
     GenerationParams(mode="diffusion", max_tokens=24, num_steps=5),
     GenerationParams(mode="diffusion", max_tokens=24, unmask="maskgit_plus", steps_ratio=0.3),
     GenerationParams(mode="diffusion", max_tokens=24, unmask="confidence_threshold", threshold=0.5),
+    GenerationParams(mode="diffusion", max_tokens=24, unmask="factor", threshold=1.2),
+    GenerationParams(mode="diffusion", max_tokens=24, unmask="entropy_budget", threshold=3.0),
     *(
         GenerationParams(mode="fast_dllm", max_tokens=25, block_len=8, block_cache=cache, **rule)
         for cache in ("off", "prefix", "dual")
@@ -158,6 +168,8 @@ ONE_SPAN = [
             {"threshold": 0.4},
             {"unmask": "entropy", "num_steps": 3},
             {"unmask": "maskgit_plus", "steps_ratio": 0.5},
+            {"unmask": "factor", "threshold": 1.5},
+            {"unmask": "entropy_budget", "threshold": 2.0},
         )
     ),
 ]
@@ -246,6 +258,10 @@ MIXED = [
                                   block_cache="dual", unmask="topk_margin")),
     Case(PROMPT, GenerationParams(mode="fast_dllm", max_tokens=30, block_len=7, threshold=0.2,
                                   block_cache="off", temperature=0.9, top_p=0.8, seed=8)),
+    Case(PROMPT, GenerationParams(max_tokens=60, unmask="factor", threshold=1.5),
+         user_plan(TAGS, [3, 2], [2])),
+    Case(PROMPT, GenerationParams(max_tokens=60, unmask="entropy_budget", threshold=4.0,
+                                  temperature=0.5, seed=1), user_plan(TAGS, [4])),
     Case(PROMPT, GenerationParams(max_tokens=60, kv_commit="published"),
          user_plan(TAGS, [3, 2], [2])),
     Case(PROMPT, GenerationParams(max_tokens=60, compat="published", temperature=0.8, seed=9),

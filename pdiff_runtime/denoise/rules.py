@@ -91,8 +91,8 @@ RULES: Mapping[str, UnmaskRule] = {
     "topk_margin": UnmaskRule(ops.Rule.MARGIN),
     "origin": RandomOrder(ops.Rule.PROBABILITY),
     "confidence_threshold": UntilUncertain(ops.Rule.THRESHOLD, needs_threshold=True),
-    # "factor": UntilUncertain(ops.Rule.FACTOR, needs_threshold=True),
-    # "entropy_budget": UntilUncertain(ops.Rule.ENTROPY_BUDGET, needs_threshold=True),
+    "factor": UntilUncertain(ops.Rule.FACTOR, needs_threshold=True),
+    "entropy_budget": UntilUncertain(ops.Rule.ENTROPY_BUDGET, needs_threshold=True),
 }
 """The rules of ``GenerationParams.unmask``, under the names that publications gave them."""
 

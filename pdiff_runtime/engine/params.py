@@ -102,11 +102,14 @@ class GenerationParams:
         logprobs: Return each token's log-probability.
         unmask: The rule that orders positions, see :data:`pdiff_runtime.denoise.RULES`: "entropy"
             (the default), "maskgit_plus" (probability), "topk_margin" and "origin" (random order)
-            write as many per step as the schedule says; "confidence_threshold" as many as are sure
-            enough. Mode "fast_dllm" takes "confidence_threshold" and 0.9 by default.
+            write as many per step as the schedule says; "confidence_threshold", "factor" (Wu et
+            al. 2025) and "entropy_budget" (Ben-Hamu et al. 2025) as many as are sure enough. Mode
+            "fast_dllm" takes "confidence_threshold" and 0.9 by default.
         steps_ratio: Steps of a round per token of its longest span, or of a block per its token.
         num_steps: Steps of a round or block, in place of `steps_ratio`.
-        threshold: Probability from which "confidence_threshold" writes a position.
+        threshold: Probability from which "confidence_threshold" writes a position; the f of
+            "factor", which writes the n surest while (n + 1) (1 - p_n) < f; the nats that
+            "entropy_budget" lets the positions of a step have, without the last one's.
         alg_temp: Temperature of the order of positions; 0 takes the most certain first.
         length_scale: Tokens per unit of a topic's number; None: the model's own unit.
         block_len: Tokens of a block in mode "fast_dllm".

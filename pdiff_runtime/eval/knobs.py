@@ -12,7 +12,8 @@ from pdiff_runtime.engine import GenerationParams
 def with_knobs(params: GenerationParams, knobs: Mapping[str, Any]) -> GenerationParams:
     """Parameters with fields replaced; a knob that is None leaves its field.
 
-    ``steps_ratio`` alone also takes the rule "entropy": the model's own may not count steps.
+    ``steps_ratio`` or ``num_steps`` alone also take the rule "entropy": the model's own may not
+    count steps. Another rule does not keep the threshold, which means something else to it.
 
     Raises:
         ValueError: No such field, or a value out of its range.
@@ -21,6 +22,8 @@ def with_knobs(params: GenerationParams, knobs: Mapping[str, Any]) -> Generation
     unknown = sorted(set(given) - {field.name for field in dataclasses.fields(params)})
     if unknown:
         raise ValueError(f"{unknown[0]}: no such generation parameter")
-    if "steps_ratio" in given:
+    if given.keys() & {"steps_ratio", "num_steps"}:
         given.setdefault("unmask", "entropy")
+    if given.get("unmask", params.unmask) != params.unmask:
+        given.setdefault("threshold", None)
     return dataclasses.replace(params, **given)

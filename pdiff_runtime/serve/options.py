@@ -57,7 +57,11 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
         click.option(
             "--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled."
         ),
-        click.option("--mode", metavar="MODE", help="planned (default), ar or diffusion."),
+        click.option(
+            "--mode",
+            metavar="MODE",
+            help="planned (default), ar, diffusion, fast_dllm or skeleton.",
+        ),
         click.option(
             "--max-tokens",
             type=int,
@@ -81,21 +85,23 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
         click.option(
             "--unmask",
             metavar="RULE",
-            help="Which positions a step writes first: entropy, maskgit_plus, topk_margin or "
-            "confidence_threshold; default: what the model recommends, else entropy.",
+            help="Which positions a step writes: entropy, maskgit_plus, topk_margin, origin, "
+            "confidence_threshold, factor or entropy_budget; default: what the model recommends, "
+            "else entropy.",
         ),
         click.option(
             "--steps-ratio",
             type=float,
             metavar="R",
-            help="Denoising steps per token of the longest span; default 1. Implies --unmask "
-            "entropy unless that says otherwise.",
+            help="Denoising steps per token of the longest span or of a block; default 1. Implies "
+            "--unmask entropy unless that says otherwise.",
         ),
+        click.option("--num-steps", type=int, metavar="N", help="Steps in place of --steps-ratio."),
         click.option(
             "--threshold",
             type=float,
-            metavar="P",
-            help="Probability from which confidence_threshold writes a position.",
+            metavar="X",
+            help="Of confidence_threshold (a probability), factor, or entropy_budget (nats).",
         ),
         click.option(
             "--alg-temp",
@@ -109,11 +115,24 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
             metavar="X",
             help="Tokens per unit of a topic's number; default: the model's own.",
         ),
+        click.option(
+            "--block-len", type=int, metavar="N", help="Tokens of a block in fast_dllm; default 32."
+        ),
+        click.option(
+            "--block-cache",
+            metavar="WHICH",
+            help="What fast_dllm keeps while it fills a block: prefix (default), dual or off.",
+        ),
         click.option("--joint", is_flag=True, help="Let the spans of a round see one another."),
         click.option(
             "--kv-commit",
             metavar="HOW",
             help="Keys and values of finished spans: clean (default) or published.",
+        ),
+        click.option(
+            "--compat",
+            metavar="HOW",
+            help="published: answer as the published implementation does, its quirks included.",
         ),
         click.option("--no-grammar", is_flag=True, help="Let the model write malformed plans."),
         click.option(

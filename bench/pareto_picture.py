@@ -1,0 +1,102 @@
+"""The picture of what ``pareto.py`` measured: facts right against forwards and against time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+INK, MUTED, GRID = "#222222", "#777777", "#e3e3e3"
+DRAWN = {
+    "planned, threshold": ("planned, threshold", "#1f5fbf", "o", "-", 2.4),
+    "planned, entropy": ("planned, fixed steps", "#1f5fbf", "o", "--", 1.4),
+    "planned, random order": ("planned, random order", "#8fb3e6", "o", ":", 1.4),
+    "Fast-dLLM, prefix cache": ("Fast-dLLM blocks, prefix cache*", "#2f8f4e", "s", "-", 1.8),
+    "Fast-dLLM, dual cache": ("Fast-dLLM blocks, dual cache*", "#2f8f4e", "s", "--", 1.2),
+    "diffusion, threshold": ("one-span diffusion, threshold*", "#d9822b", "^", "-", 1.8),
+    "diffusion, entropy": ("one-span diffusion, fixed steps*", "#d9822b", "^", "--", 1.2),
+    "skeleton": ("skeleton: branches token by token", "#8a4fb0", "D", "", 0),
+    "ar": ("autoregressive", INK, "*", "", 0),
+}
+"""Arms in the picture: label, colour, marker, line and its width."""
+
+
+def draw(file: Path) -> Path:
+    """Draw ``pareto.json``, and ``ablations.json`` where it lies beside it; returns the picture."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    measured = json.loads(file.read_text("utf-8"))
+    ablations = file.with_name("ablations.json")
+    rows = 2 if ablations.is_file() else 1
+    figure, grid = plt.subplots(
+        rows, 2, figsize=(12, 5.4 + 3.6 * (rows - 1)), layout="constrained", squeeze=False,
+        height_ratios=[1.5, 1][:rows],
+    )  # fmt: skip
+    figure.suptitle(
+        "One small model, every way of decoding it", x=0.01, ha="left", fontsize=17, color=INK
+    )
+    _frontier(grid[0, 0], measured["points"], "critical_path", 1.0)
+    grid[0, 0].set_xlabel("critical path: forward passes that wait for one another")
+    _frontier(grid[0, 1], measured["points"], "seconds", 1e3)
+    grid[0, 1].set_xlabel("milliseconds per answer, one at a time")
+    grid[0, 0].set_ylabel("facts right to the letter, %")
+    grid[0, 1].legend(loc="lower right", fontsize=9, frameon=True, edgecolor="none")
+    if rows == 2:
+        _ablations(json.loads(ablations.read_text("utf-8")), *grid[1])
+    num = measured["prompts"][measured["family"]]
+    figure.supxlabel(
+        f"atlas-2m, 2.0 M parameters, {num} held-out country sheets, greedy. Up and left is better."
+        "  * told the true length of the answer.  Bars: 95 % over prompts.\n"
+        f"{measured['machine']}, {measured['date']}",
+        fontsize=8, color=MUTED, x=0.01, ha="left",
+    )  # fmt: skip
+    picture = file.with_suffix(".png")
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+    return picture
+
+
+def _frontier(axes: Any, points: list[dict[str, Any]], cost: str, unit: float) -> None:
+    """Quality over one cost, a line for each arm."""
+    for arm, (label, color, marker, line, width) in DRAWN.items():
+        of_arm = sorted((p for p in points if p["arm"] == arm), key=lambda p: p[cost])
+        if not of_arm:
+            continue
+        x = [unit * p[cost] for p in of_arm]
+        y = [100 * p["exact"] for p in of_arm]
+        bars = [
+            [100 * (p["exact"] - p["exact_low"]) for p in of_arm],
+            [100 * (p["exact_high"] - p["exact"]) for p in of_arm],
+        ]
+        axes.errorbar(
+            x, y, bars, color=color, marker=marker, linestyle=line, linewidth=width, label=label,
+            markersize=13 if marker == "*" else 6, elinewidth=0.8, alpha=0.95,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_ylim(0, 103)
+    _plain_numbers(axes.xaxis)
+    _clean(axes)
+
+
+def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
+    """How much the length of spans matters, and what plans and attention lose without a part."""
+    raise NotImplementedError
+
+
+def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _clean(axes: Any) -> None:
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, colors=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
