@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-INK, MUTED, GRID = "#222222", "#777777", "#e3e3e3"
+INK, MUTED, GRID, BLUE = "#222222", "#777777", "#e3e3e3", "#1f5fbf"
 DRAWN = {
-    "planned, threshold": ("planned, threshold", "#1f5fbf", "o", "-", 2.4),
-    "planned, entropy": ("planned, fixed steps", "#1f5fbf", "o", "--", 1.4),
+    "planned, threshold": ("planned, threshold", BLUE, "o", "-", 2.4),
+    "planned, entropy": ("planned, fixed steps", BLUE, "o", "--", 1.4),
     "planned, random order": ("planned, random order", "#8fb3e6", "o", ":", 1.4),
     "Fast-dLLM, prefix cache": ("Fast-dLLM blocks, prefix cache*", "#2f8f4e", "s", "-", 1.8),
     "Fast-dLLM, dual cache": ("Fast-dLLM blocks, dual cache*", "#2f8f4e", "s", "--", 1.2),
@@ -19,6 +19,15 @@ DRAWN = {
     "ar": ("autoregressive", INK, "*", "", 0),
 }
 """Arms in the picture: label, colour, marker, line and its width."""
+
+ABLATIONS = {
+    "sync": "trained with sync between coupled parts",
+    "control": "trained without sync (control)",
+    "no topic": "trained without topic words",
+    "joint": "trained with spans that see each other",
+    "joint at inference": "not trained so, but seeing each other",
+}
+FAMILIES = {"sheet": "independent facts", "coupled": "coupled facts"}
 
 
 def draw(file: Path) -> Path:
@@ -43,7 +52,7 @@ def draw(file: Path) -> Path:
     _frontier(grid[0, 1], measured["points"], "seconds", 1e3)
     grid[0, 1].set_xlabel("milliseconds per answer, one at a time")
     grid[0, 0].set_ylabel("facts right to the letter, %")
-    grid[0, 1].legend(loc="lower right", fontsize=9, frameon=True, edgecolor="none")
+    grid[0, 0].legend(loc="lower right", fontsize=9, frameon=False)
     if rows == 2:
         _ablations(json.loads(ablations.read_text("utf-8")), *grid[1])
     num = measured["prompts"][measured["family"]]
@@ -76,14 +85,49 @@ def _frontier(axes: Any, points: list[dict[str, Any]], cost: str, unit: float) -
             markersize=13 if marker == "*" else 6, elinewidth=0.8, alpha=0.95,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.margins(x=0.08)
     axes.set_ylim(0, 103)
     _plain_numbers(axes.xaxis)
     _clean(axes)
 
 
 def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
-    """How much the length of spans matters, and what plans and attention lose without a part."""
-    raise NotImplementedError
+    """How much the length of spans matters, and what is lost without topics, sync, isolation."""
+    results, unit = measured["results"], measured["header"]["length_unit"]
+    scales = {float(name.split()[1]): r for name, r in results.items() if "length_scale" in name}
+    scales[unit] = results["bundled"]
+    x = sorted(scales)
+    lengths.plot(
+        [scale / unit for scale in x], [100 * scales[scale]["accuracy"]["sheet"] for scale in x],
+        "o-", color=BLUE, linewidth=2,
+    )  # fmt: skip
+    lengths.set(ylim=(0, 103), xlabel="span length, times what the plan announces")
+    lengths.set_ylabel("facts right to the letter, %")
+    lengths.set_title("Lengths have to be right", loc="left", fontsize=12, color=INK)
+    _clean(lengths)
+
+    shown = {arm: label for arm, label in ABLATIONS.items() if arm in results}
+    for idx, arm in enumerate(shown):
+        accuracy = results[arm]["accuracy"]
+        for offset, family, color in ((-0.2, "sheet", BLUE), (0.2, "coupled", "#d9822b")):
+            value = 100 * accuracy[family]
+            bars.barh(idx + offset, value, 0.36, color=color, label=FAMILIES[family])
+            bars.annotate(
+                f"{value:.0f}", (value, idx + offset), xytext=(3, 0), textcoords="offset points",
+                va="center", fontsize=8, color=INK,
+            )  # fmt: skip
+    bars.set_yticks(range(len(shown)), shown.values(), fontsize=9)
+    bars.invert_yaxis()
+    bars.set(xlim=(0, 108), xlabel="facts right to the letter, %")
+    title = "What a planned model loses without a part of it"
+    bars.set_title(title, loc="left", fontsize=12, color=INK)
+    handles, labels = bars.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    bars.legend(
+        unique.values(), unique, fontsize=9, frameon=False, loc="upper right",
+        bbox_to_anchor=(1, 1.16), ncols=2,
+    )  # fmt: skip
+    _clean(bars)
 
 
 def _plain_numbers(axis: Any) -> None:
