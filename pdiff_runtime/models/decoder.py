@@ -1,4 +1,4 @@
-"""One decoder for the Qwen2, Dream and Llama shapes, over a ragged batch of token rows.
+"""One decoder for the Llama, Qwen, Dream and LLaDA shapes, over a ragged batch of token rows.
 
 The decoder knows nothing of requests, pages or documents: a batch is a flat list of token rows, and
 `attend` mixes them. Training passes :class:`PackedAttention`, the engine its paged counterpart.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pdiff_runtime import ops
 from pdiff_runtime.models.config import ModelConfig
+from pdiff_runtime.models.rope import rope_table
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer_idx, q, k, v) -> out``: q, out ``[rows, num_heads_q, head_dim]``; k, v
@@ -32,13 +33,13 @@ def project_at_once(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` with the mean square in fp32."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[rows, hidden_size]`` -> the same shape and dtype."""
+        """``[rows, size]`` -> the same shape and dtype."""
         return ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -54,6 +55,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, attend: Attend, project: Project) -> Tensor:
         """``[rows, hidden_size]`` -> ``[rows, hidden_size]``."""
@@ -61,6 +66,11 @@ class Attention(nn.Module):
             y.unflatten(-1, (-1, self.head_dim))
             for y in project((self.q_proj, self.k_proj, self.v_proj), x)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (
+                norm(x.reshape(-1, self.head_dim)).view(x.shape)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
         return project((self.o_proj,), attend(self.layer_idx, q, k, v).flatten(-2))[0]
 
 
@@ -122,7 +132,10 @@ class Decoder(nn.Module):
 
     def reset_rope(self, device: torch.device | str | None = None) -> None:
         """Compute the rotary tables, which checkpoints do not hold."""
-        cos, sin = rope_table(self.config)
+        shape = self.config
+        cos, sin = rope_table(
+            shape.max_position, shape.head_dim, shape.rope_theta, shape.rope_scaling
+        )
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
@@ -145,16 +158,9 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor, project: Project = project_at_once) -> Tensor:
-        """``[rows, hidden_size]`` -> ``[rows, vocab_size]``; row p predicts position p + 1."""
+        """``[rows, hidden_size]`` -> ``[rows, vocab_size]``; row p predicts position
+        ``p + logits_shift``."""
         return project((self.lm_head,), hidden)[0]
-
-
-def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, each ``[max_position, head_dim / 2]`` fp32."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    angle = torch.arange(config.max_position, dtype=torch.float32)[:, None] * frequency
-    return angle.cos(), angle.sin()
 
 
 def init_weights(model: Decoder, seed: int) -> None:

@@ -1,0 +1,63 @@
+"""Files of a checkpoint folder: none from outside it, and JSON that cannot harm its reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file of that name, None if there is none.
+
+    The hub's cache keeps a checkpoint as links into the ``blobs`` beside it; these are followed.
+
+    Raises:
+        ValueError: The name has a folder in it, or is a link that leads out of the checkpoint.
+    """
+    if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
+        raise ValueError(f"model: expected the name of a file in {folder}, got {name[:80]!r}")
+    file = (folder / name).resolve()
+    if not file.is_file():
+        return None
+    if not file.is_relative_to(_root(folder.resolve())):
+        raise ValueError(f"model: {folder / name} is a link that leads out of its folder")
+    return file
+
+
+def _root(folder: Path) -> Path:
+    """What the links of a folder may point into: itself, or its repository in the hub's cache."""
+    repository = folder.parent.parent
+    is_snapshot = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository if is_snapshot else folder
+
+
+def read_text(file: Path) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: Too large, or not UTF-8.
+    """
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{file}: expected at most {MAX_JSON_BYTES} bytes of text")
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: Too large, not UTF-8, not JSON, nested too deeply, or no object.
+    """
+    try:
+        fields = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    return fields
