@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pdiff_runtime.engine.output import Event, Finished, RequestOutput
 from pdiff_runtime.engine.params import EngineConfig, GenerationParams, UserRound
 from pdiff_runtime.engine.progress import Bar
 from pdiff_runtime.models import Decoder, Tokenizer, load_model, resolve_checkpoint
+from pdiff_runtime.models.files import find_file, read_json
 from pdiff_runtime.plan import ControlTokens
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -29,7 +29,8 @@ class LLM:
     """A planned-diffusion model ready to answer, one call at a time.
 
     Args:
-        model_or_path: A decoder, a checkpoint folder or hub id; None for the bundled model.
+        model_or_path: A decoder, a checkpoint folder, GGUF file or hub id; None for the bundled
+            model.
         tags: Control tokens; None takes them from the tokenizer by name.
         tokenizer: None reads it from the checkpoint. Prompts given as token ids need none.
         config: Sizes of the engine.
@@ -41,7 +42,8 @@ class LLM:
             used where no parameters are given.
 
     Raises:
-        ValueError: No such checkpoint, a damaged one, or a tokenizer without the control tags.
+        ValueError: No such checkpoint, a damaged one, a tokenizer without the control tags, or tags
+            that the model has no embedding for.
     """
 
     def __init__(
@@ -58,16 +60,17 @@ class LLM:
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
         else:
-            folder = resolve_checkpoint(model_or_path)
-            self.model = load_model(folder, dtype=dtype, device=device)
-            self.default_params = _recommended(folder)
-            if tokenizer is None and (folder / "tokenizer.json").is_file():
-                tokenizer = Tokenizer.from_dir(folder)
+            checkpoint = resolve_checkpoint(model_or_path)
+            self.model = load_model(checkpoint, dtype=dtype, device=device)
+            self.default_params = _recommended(checkpoint)
+            if tokenizer is None:
+                tokenizer = Tokenizer.from_checkpoint(checkpoint)
         self.tokenizer = tokenizer
         if tags is None:
             if tokenizer is None:
                 raise ValueError("tags: expected control tokens where there is no tokenizer")
             tags = ControlTokens.from_tokenizer(tokenizer, names=tokenizer.tag_names or None)
+        tags.check_fit(self.model.config.vocab_size)
         self.tags = tags
         self.engine = Engine(
             self.model, tags, config or EngineConfig(), self._decode, self._banned_ids()
@@ -254,15 +257,14 @@ class LLM:
         return sorted({*special, *beyond} - self.tags.control_ids)
 
 
-def _recommended(folder: Path) -> GenerationParams:
+def _recommended(checkpoint: Path) -> GenerationParams:
     """The parameters a checkpoint recommends.
 
     Raises:
         ValueError: A field that is no parameter, or out of its range.
     """
-    file = folder / "generation_config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    fields = config.get("pdiff", {}) if isinstance(config, dict) else None
+    file = find_file(checkpoint, "generation_config.json") if checkpoint.is_dir() else None
+    fields = {} if file is None else read_json(file).get("pdiff", {})
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: expected a JSON object with an object under 'pdiff'")
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(GenerationParams)})

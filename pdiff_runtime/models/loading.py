@@ -1,31 +1,54 @@
-"""Checkpoints: a folder with ``config.json`` and safetensors, local or on the hub."""
+"""Checkpoints: a folder as Hugging Face writes it, local or on the hub, or a GGUF file."""
 
 from __future__ import annotations
 
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import huggingface_hub
-import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TransferSpeedColumn as SpeedColumn
 from torch import Tensor
 
 from pdiff_runtime.models.config import ModelConfig
 from pdiff_runtime.models.decoder import Decoder
+from pdiff_runtime.models.files import find_file
+from pdiff_runtime.models.gguf_file import GgufFile
+from pdiff_runtime.models.safetensors_folder import SafetensorsFolder
+from pdiff_runtime.models.tensor_names import GGUF, TensorNames, names_of
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "assets" / "atlas"
 """Folder of the model that ships with the package."""
 
-_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+_NUM_READERS = 4  # enough requests at a time to keep a disk busy
+_MAX_SHOWN = 20
+
+
+class Weights(Protocol):
+    """Tensors of a checkpoint by the names it gives them."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on the CPU, in some float dtype; its memory may be the file's."""
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path | None, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: None for the bundled model, a path, or a hub id to fetch.
+    """The folder or GGUF file of a checkpoint: None for the bundled model, a path, or a hub id.
+
+    A folder without ``config.json`` but with one GGUF file stands for that file. The hub's own
+    environment variables (``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``) hold.
 
     Raises:
-        ValueError: Neither a folder nor a hub id of the form ``owner/name`` that can be fetched.
+        ValueError: Neither a path nor a hub id of the form ``owner/name`` that can be fetched.
     """
     if path_or_hub_id is None:
         if not (BUNDLED_MODEL / "config.json").is_file():
@@ -33,12 +56,18 @@ def resolve_checkpoint(path_or_hub_id: str | Path | None, *, revision: str | Non
         return BUNDLED_MODEL
     path = Path(path_or_hub_id)
     if path.is_dir():
+        ggufs = list(path.glob("*.gguf"))
+        is_gguf = len(ggufs) == 1 and not (path / "config.json").is_file()
+        return find_file(path, ggufs[0].name) or path if is_gguf else path
+    if path.is_file() and path.suffix == ".gguf":
         return path
     name = str(path_or_hub_id)
     if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
         raise ValueError(f"model: no folder {name!r}, and it is no hub id (owner/name)")
     try:
-        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
@@ -53,14 +82,19 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    progress: bool = False,
 ) -> Decoder:
     """Load a decoder for inference.
 
+    Files are mapped and copied tensor by tensor, straight to the device and the dtype. Weights that
+    are not finite are named in a warning.
+
     Args:
-        path_or_hub_id: A Hugging Face folder or hub id; None for the bundled model.
+        path_or_hub_id: A Hugging Face folder, a GGUF file or a hub id; None for the bundled model.
         dtype: The dtype of weights and computation: bfloat16, float16 or float32.
         device: Where the weights go.
         revision: Of the hub repository.
+        progress: Show a bar with bytes and seconds on stderr.
 
     Raises:
         ValueError: Not a checkpoint of a supported family, a damaged file, or tensors that do not
@@ -68,19 +102,18 @@ def load_model(
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
-    folder = resolve_checkpoint(path_or_hub_id, revision=revision)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model: no config.json in {folder}")
-    config = ModelConfig.from_file(folder / "config.json")
+    checkpoint = resolve_checkpoint(path_or_hub_id, revision=revision)
+    config, weights, name_of = _open(checkpoint)
     with torch.device("meta"):
         model = Decoder(config)
-    tensors = _read_tensors(folder)
-    _check_tensors(folder, model, tensors)
-    model.load_state_dict(
-        {name: tensor.to(device, dtype) for name, tensor in tensors.items()},
-        strict=False,
-        assign=True,
-    )
+    _check_tensors(checkpoint, model, weights, name_of)
+    state, not_finite = _read(model, weights, name_of, dtype, torch.device(device), progress)
+    if not_finite:
+        warnings.warn(
+            f"model: weights in {checkpoint} are not finite as {dtype}: {_listed(not_finite)}",
+            stacklevel=2,
+        )
+    model.load_state_dict(state, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.reset_rope(device)
@@ -88,43 +121,43 @@ def load_model(
 
 
 def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write ``config.json`` and ``model.safetensors``; tied embeddings are written once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``config.json`` and ``model.safetensors``; tied embeddings are written once.
+
+    Raises:
+        ValueError: The family of the model's ``model_type`` has no config that says what it is.
+    """
     text = json.dumps(model.config.to_hf(), indent=2) + "\n"
+    name_of = names_of(model.config.model_type)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text, "utf-8")
     tensors = {
-        name: parameter.detach().to(dtype).contiguous()
+        name_of(name): parameter.detach().to(dtype).contiguous()
         for name, parameter in model.named_parameters()
     }
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if any("/" in name or name.startswith(".") for name in names):
-            raise ValueError(f"model: {index} points outside its folder")
-    else:
-        names = ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"model: no {name} in {folder}")
-        try:
-            tensors |= safetensors.torch.load_file(file)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"model: {file} is truncated or damaged ({error})") from error
-    return tensors
+def _open(checkpoint: Path) -> tuple[ModelConfig, Weights, TensorNames]:
+    if checkpoint.suffix == ".gguf" and checkpoint.is_file():
+        file = GgufFile(checkpoint)
+        return file.config, file, GGUF
+    config_file = find_file(checkpoint, "config.json")
+    if config_file is None:
+        raise ValueError(f"model: no config.json in {checkpoint}, nor one GGUF file alone")
+    config = ModelConfig.from_file(config_file)
+    return config, SafetensorsFolder(checkpoint), names_of(config.model_type)
 
 
-def _check_tensors(folder: Path, model: Decoder, tensors: dict[str, Tensor]) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _check_tensors(
+    checkpoint: Path, model: Decoder, weights: Weights, name_of: TensorNames
+) -> None:
+    expected = {name_of(name): tuple(p.shape) for name, p in model.named_parameters()}
+    ignored = {name_of("lm_head.weight")} if model.config.tie_word_embeddings else set()
+    found = {
+        name: shape
+        for name, shape in weights.shapes.items()
+        if name not in ignored and not name.endswith(".rotary_emb.inv_freq")  # of old checkpoints
+    }
     problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
     problems += [f"unexpected {name}" for name in sorted(set(found) - set(expected))]
     problems += [
@@ -133,6 +166,42 @@ def _check_tensors(folder: Path, model: Decoder, tensors: dict[str, Tensor]) -> 
         if expected[name] != found[name]
     ]
     if problems:
-        shown = "; ".join(problems[:20])
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"model: tensors in {folder} do not fit its config: {shown}{more}")
+        raise ValueError(
+            f"model: tensors in {checkpoint} do not fit its config: {_listed(problems, '; ')}"
+        )
+
+
+def _read(
+    model: Decoder,
+    weights: Weights,
+    name_of: TensorNames,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The parameters in their place, and the names of those that are not finite."""
+
+    def read(name: str) -> tuple[Tensor, bool]:
+        tensor = weights.read(name_of(name)).to(device, dtype, copy=True)
+        # A sum sees every NaN and infinity at the speed of memory; it may overflow by itself.
+        return tensor, bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+    names = [name for name, _ in model.named_parameters()]
+    state, not_finite = {}, []
+    bar = Progress(
+        TextColumn("weights"), BarColumn(), DownloadColumn(), SpeedColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True), disable=not progress,
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(_NUM_READERS) as readers:
+        task = bar.add_task("", total=sum(p.numel() for p in model.parameters()) * dtype.itemsize)
+        for name, (tensor, is_finite) in zip(names, readers.map(read, names), strict=True):
+            state[name] = tensor
+            if not is_finite:
+                not_finite.append(name_of(name))
+            bar.advance(task, tensor.nbytes)
+    return state, not_finite
+
+
+def _listed(items: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - _MAX_SHOWN} more" if len(items) > _MAX_SHOWN else ""
+    return separator.join(items[:_MAX_SHOWN]) + more

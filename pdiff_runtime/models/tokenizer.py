@@ -1,14 +1,31 @@
-"""A tokenizer folder as Hugging Face writes it: ``tokenizer.json``, its config, a chat template."""
+"""Text to token ids and back, with the tokenizer and the chat template of a checkpoint."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
 import tokenizers
+from tokenizers import AddedToken
+
+from pdiff_runtime.models.byte_level_bpe import byte_level_bpe, pairs_of
+from pdiff_runtime.models.chat_template import ChatTemplate
+from pdiff_runtime.models.files import find_file, read_json, read_text
+from pdiff_runtime.models.gguf_file import GgufFile
+from pdiff_runtime.models.gguf_tokenizer import gguf_tokenizer
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may say something in a conversation."""
+
+_STYLES = {
+    "DreamTokenizer": "qwen2",
+    "Qwen2Tokenizer": "qwen2",
+    "Qwen2TokenizerFast": "qwen2",
+    "GPT2Tokenizer": "gpt-2",
+    "GPT2TokenizerFast": "gpt-2",
+}
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: ``[{"role": "user" | "assistant" | "system", "content": text}, ...]``."""
@@ -29,14 +46,8 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special or token.content in self.tag_names.values()
         }
-        template = config.get("chat_template")
-        self._template = None
-        if template is not None:
-            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-            )
-            environment.globals["raise_exception"] = _raise_exception
-            self._template = environment.from_string(template)
+        template = _default_template(config.get("chat_template"))
+        self._template = None if template is None else ChatTemplate(template)
         self._template_tokens = {
             name: _content(config[name])
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -44,28 +55,44 @@ class Tokenizer:
         }
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` if there.
+    def from_checkpoint(cls, checkpoint: Path) -> Tokenizer | None:
+        """The tokenizer of a folder or a GGUF file, None if it has none.
 
         Raises:
-            ValueError: No or a malformed ``tokenizer.json``.
+            ValueError: A malformed one.
+        """
+        if checkpoint.is_file():
+            return cls.from_gguf(checkpoint)
+        names = ("tokenizer.json", "merges.txt")
+        has_any = any(find_file(checkpoint, name) is not None for name in names)
+        return cls.from_dir(checkpoint) if has_any else None
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Tokenizer:
+        """Read a folder.
+
+        ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt`` as Qwen2, Dream and GPT-2 have
+        them; ``tokenizer_config.json`` and ``chat_template.jinja`` if there.
+
+        Raises:
+            ValueError: Neither, or a malformed file.
         """
         path = Path(path)
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"tokenizer: no tokenizer.json in {path}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer: cannot read {file}: {error}") from error
-        config_file = path / "tokenizer_config.json"
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"tokenizer: expected a JSON object in {config_file}")
-        template_file = path / "chat_template.jinja"
-        if template_file.is_file():
-            config["chat_template"] = template_file.read_text("utf-8")
-        return cls(backend, config)
+        config_file = find_file(path, "tokenizer_config.json")
+        config = {} if config_file is None else read_json(config_file)
+        template_file = find_file(path, "chat_template.jinja")
+        if template_file is not None:
+            config["chat_template"] = read_text(template_file)
+        return cls(_read_backend(path, config), config)
+
+    @classmethod
+    def from_gguf(cls, path: Path) -> Tokenizer:
+        """Build the tokenizer that a GGUF file describes.
+
+        Raises:
+            ValueError: No GGUF file, or a tokenizer that is not byte-level BPE.
+        """
+        return cls(*gguf_tokenizer(GgufFile(path).metadata))
 
     @property
     def vocab_size(self) -> int:
@@ -115,9 +142,9 @@ class Tokenizer:
             ValueError: An empty prompt, or a control tag in it.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not messages or not all(message.get("content", "").strip() for message in messages):
+        contents = [_text_of(message) for message in messages]
+        if not contents or not all(text.strip() for text in contents):
             raise ValueError("prompt: expected some text, got an empty prompt")
-        contents = [message["content"] for message in messages]
         found = sorted({tag for tag in self._special for text in contents if tag in text})
         if found and not escape:
             raise ValueError(
@@ -126,26 +153,91 @@ class Tokenizer:
             )
         if self._template is None:
             return [token_id for text in contents for token_id in self.encode_text(text)]
-        # Render with stand-ins, so that the template's own tags are parsed and the user's are not.
+        # With stand-ins for the user's text, so that only the template's own tags are parsed.
         stand_ins = [f"\x00{i}\x00" for i in range(len(messages))]
-        rendered = self._template.render(
+        pieces = re.split("\x00([0-9]+)\x00", self._render(messages, stand_ins))
+        apart = []
+        for idx, piece in enumerate(pieces):
+            apart += self.encode_text(contents[int(piece)]) if idx % 2 else self.encode(piece)
+        # A template may trim the text or look into it, and words may span its borders. That is
+        # right only if it brings forth no tag that the template does not write by itself.
+        together = [] if found else self.encode(self._render(messages, contents))
+        return together if self._tags(together) == self._tags(apart) else apart
+
+    def _render(self, messages: Messages, contents: Sequence[str]) -> str:
+        assert self._template is not None
+        return self._template.render(
             messages=[
-                {**message, "content": stand_in}
-                for message, stand_in in zip(messages, stand_ins, strict=True)
+                {"role": message["role"], "content": content}
+                for message, content in zip(messages, contents, strict=True)
             ],
-            add_generation_prompt=True,
-            **self._template_tokens,
+            tools=None, documents=None, add_generation_prompt=True, **self._template_tokens,
+        )  # fmt: skip
+
+    def _tags(self, token_ids: Sequence[int]) -> list[int]:
+        special = self.special_ids
+        return [token_id for token_id in token_ids if token_id in special]
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content, role = message.get("content", ""), message.get("role")
+    if not isinstance(content, str):
+        raise ValueError(f"prompt: expected text as content, got {type(content).__name__}")
+    if role not in ROLES:
+        raise ValueError(f"prompt: expected a role among {', '.join(ROLES)}, got {role!r}")
+    return content
+
+
+def _default_template(template: Any) -> str | None:
+    """The template to use, of one or of a list with names."""
+    if not isinstance(template, list):
+        return template
+    named = {entry.get("name"): entry.get("template") for entry in template if _is_object(entry)}
+    if "default" not in named and len(named) != 1:
+        raise ValueError(f"tokenizer: no default chat template among {sorted(map(str, named))}")
+    return named.get("default", next(iter(named.values())))
+
+
+def _read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    file = find_file(path, "tokenizer.json")
+    if file is not None:
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer: cannot read {file}: {error}") from error
+    vocab, merges = find_file(path, "vocab.json"), find_file(path, "merges.txt")
+    if vocab is None or merges is None:
+        raise ValueError(f"tokenizer: no tokenizer.json in {path}, nor vocab.json and merges.txt")
+    style = _STYLES.get(config.get("tokenizer_class", ""))
+    if style is None:
+        raise ValueError(
+            f"tokenizer_class: expected one of {', '.join(_STYLES)} where there is no "
+            f"tokenizer.json, got {config.get('tokenizer_class')!r}"
         )
-        token_ids: list[int] = []
-        for stand_in, text in zip(stand_ins, contents, strict=True):
-            before, _, rendered = rendered.partition(stand_in)
-            token_ids += self.encode(before) + self.encode_text(text)
-        return token_ids + self.encode(rendered)
+    lines = [line for line in read_text(merges).split("\n") if line and line[:9] != "#version:"]
+    added = config.get("added_tokens_decoder", {})
+    return byte_level_bpe(read_json(vocab), pairs_of(lines), _added_tokens(added), style=style)
+
+
+def _added_tokens(entries: Any) -> dict[int, AddedToken]:
+    """``added_tokens_decoder`` of a ``tokenizer_config.json``."""
+    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    try:
+        return {
+            int(token_id): AddedToken(
+                entry["content"], **{flag: entry[flag] for flag in flags if flag in entry}
+            )
+            for token_id, entry in entries.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "added_tokens_decoder: expected objects with content and flags by id"
+        ) from error
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
-
-
-def _raise_exception(message: str) -> None:
-    raise ValueError(f"chat template: {message}")

@@ -61,16 +61,13 @@ class ControlTokens:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digits", tuple(self.digits))
-        named = {name: getattr(self, name) for name in PUBLISHED_NAMES}
-        missing = [name for name, token_id in named.items() if token_id == MISSING]
+        missing = [name for name in PUBLISHED_NAMES if getattr(self, name) == MISSING]
         if "eos" in missing or 0 < len(set(missing) & set(PLAN_TAGS)) < len(PLAN_TAGS):
             raise ValueError(f"{missing[0]}: expected an int >= 0, got {MISSING}")
-        named = {name: token_id for name, token_id in named.items() if name not in missing}
         if len(self.digits) != 10 and (self.has_plan or self.digits):
             raise ValueError(f"digits: expected 10 ids, got {len(self.digits)}")
-        named |= {f"digits[{digit}]": token_id for digit, token_id in enumerate(self.digits)}
         owner: dict[int, str] = {}
-        for name, token_id in named.items():
+        for name, token_id in self._named():
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                 raise ValueError(f"{name}: expected an int >= 0, got {token_id!r}")
             if token_id in owner:
@@ -93,6 +90,27 @@ class ControlTokens:
     def banned_in_span(self) -> tuple[int, ...]:
         """What a denoised token must not be: every tag but pad, which training puts into spans."""
         return tuple(sorted(self.control_ids - {self.pad}))
+
+    def check_fit(self, vocab_size: int) -> None:
+        """Check that a model has an embedding for every tag and digit.
+
+        Raises:
+            ValueError: It has not; the message lists all that it lacks.
+        """
+        beyond = [
+            f"{name}={token_id}" for name, token_id in self._named() if token_id >= vocab_size
+        ]
+        if beyond:
+            raise ValueError(
+                f"tags: expected ids below the model's vocab_size={vocab_size}, got "
+                f"{', '.join(beyond)}"
+            )
+
+    def _named(self) -> list[tuple[str, int]]:
+        """Every tag and digit there is."""
+        tags = [(name, getattr(self, name)) for name in PUBLISHED_NAMES]
+        tags = [(name, token_id) for name, token_id in tags if token_id != MISSING]
+        return tags + [(f"digits[{digit}]", token_id) for digit, token_id in enumerate(self.digits)]
 
     @classmethod
     def from_tokenizer(
