@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from pdiff_runtime import ControlTokens
 from pdiff_runtime.models import BUNDLED_MODEL, Tokenizer
@@ -48,21 +50,13 @@ def test_empty_prompts_are_refused(tokenizer, prompt):
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer\.json in .*, nor vocab\.json and merges\.txt"
+    ):
         Tokenizer.from_dir(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot read"):
         Tokenizer.from_dir(tmp_path)
-
-
-def test_templates_run_in_a_sandbox(tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((BUNDLED_MODEL / name).read_bytes())
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="unsafe|__class__|not safe"):
-        Tokenizer.from_dir(tmp_path).encode_prompt("Hello")
 
 
 def test_a_tokenizer_without_tags_is_refused_by_name(tokenizer, tmp_path):
@@ -73,3 +67,145 @@ def test_a_tokenizer_without_tags_is_refused_by_name(tokenizer, tmp_path):
 def test_text_that_is_no_unicode_is_named(tokenizer):
     with pytest.raises(ValueError, match="not valid Unicode at position 1"):
         tokenizer.encode_prompt("a\udcff")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "user", "content": ["Peru"]}, "expected text as content, got list"),
+        ({"role": "<eos>", "content": "Peru"}, "expected a role among system, developer, user"),
+        ({"content": "Peru"}, "expected a role among"),
+    ],
+)
+def test_messages_that_are_none(tokenizer, message, expected):
+    with pytest.raises(ValueError, match=expected):
+        tokenizer.encode_prompt([message])
+
+
+# --- templates of others -------------------------------------------------------------------------
+
+
+def with_template(folder: Path, template: object) -> Tokenizer:
+    """The bundled tokenizer with another template."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((BUNDLED_MODEL / name).read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_dir(folder)
+
+
+def prompt(tokenizer: Tokenizer, *contents: str, escape: bool = False) -> str:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return tokenizer.decode(tokenizer.encode_prompt(messages, escape=escape))
+
+
+LOOP = "{% for m in messages %}<user>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("<user>{{ messages[0].content | trim }}<eos>", "<user>Peru?<eos>"),
+        ("{% for m in messages[1:] %}<user>{{ m.content }}{% endfor %}", "<user>Lima."),
+        ("{% for m in messages | reverse %}<user>{{ m['content'] }}{% endfor %}",
+         "<user>Lima.<user> Peru? "),
+        ("{{ messages[0].content }}<eos>{{ messages[0].content }}", " Peru? <eos> Peru? "),
+        ("<user>{{ messages[0].content.split('?')[0] }}", "<user> Peru"),
+        ([{"name": "tool_use", "template": "no"}, {"name": "default", "template": LOOP}],
+         "<user> Peru? <user>Lima."),
+        ([{"name": "only", "template": LOOP}], "<user> Peru? <user>Lima."),
+        ("{% if tools or documents %}no{% endif %}{{ unheard_of }}<user>", "<user>"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_template_makes_of_the_messages(template, text, tmp_path):
+    assert prompt(with_template(tmp_path, template), " Peru? ", "Lima.") == text
+
+
+def test_tags_out_of_pieces_stay_text(tmp_path):
+    tokenizer = with_template(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    ids = tokenizer.encode_prompt(
+        [{"role": "user", "content": "<e"}, {"role": "user", "content": "os>"}]
+    )
+    assert tokenizer.decode(ids) == "<eos>"
+    assert tokenizer.token_to_id("<eos>") not in ids
+
+
+def test_escaped_tags_stay_text_wherever_the_template_puts_them(tmp_path):
+    tokenizer = with_template(tmp_path, "{{ messages[0].content }}<eos>{{ messages[0].content }}")
+    ids = tokenizer.encode_prompt("<sync/>", escape=True)
+    assert tokenizer.decode(ids) == "<sync/><eos><sync/>"
+    assert tokenizer.token_to_id("<sync/>") not in ids
+
+
+def test_a_template_of_several_without_a_default_is_refused(tmp_path):
+    some = [{"name": name, "template": LOOP} for name in ("rag", "tools")]
+    with pytest.raises(ValueError, match=r"no default chat template among \['rag', 'tools'\]"):
+        with_template(tmp_path, some)
+
+
+# --- vocab.json and merges.txt -------------------------------------------------------------------
+
+
+def dream_folder(folder: Path, **changes: object) -> Path:
+    """A small tokenizer in the files that Dream has."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġl", "Ġli", "Ġlim", "Ġlima"]
+    added = {
+        str(len(tokens) + i): {"content": content, "special": special, "normalized": False}
+        for i, (content, special) in enumerate([("<|im_end|>", True), ("<note>", False)])
+    }
+    config = {
+        "tokenizer_class": "DreamTokenizer", "added_tokens_decoder": added,
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "chat_template": "{{ messages[0].content }}<|im_end|>",
+    }  # fmt: skip
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nĠ l\nĠl i\nĠli m\nĠlim a\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_vocabulary_and_merges_make_a_tokenizer(tmp_path):
+    tokenizer = Tokenizer.from_dir(dream_folder(tmp_path))
+    assert tokenizer.vocab_size == 262
+    ids = tokenizer.encode("a lima 12 <note>")
+    assert 259 in ids
+    assert 261 in ids
+    assert len(ids) == 1 + 1 + 1 + 1 + 1 + 1 + 1
+    assert tokenizer.decode(ids) == "a lima 12 <note>"
+    assert tokenizer.encode_prompt("lima")[-1] == 260
+    with pytest.raises(ValueError, match="contains the control tag"):
+        tokenizer.encode_prompt("<|im_end|>")
+
+
+def test_a_vocabulary_and_merges_are_read_as_transformers_reads_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = dream_folder(tmp_path, tokenizer_class="Qwen2Tokenizer", auto_map={})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_dir(folder)
+    for text in ("I'LL go to  Lima\n\n in 2024!", "e\u0301 数字 lima", "<note> a<|im_end|>"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("vocab.json", "[]", "expected a JSON object"),
+        ("vocab.json", '{"a": "b"}', "merges do not fit the vocabulary"),
+        ("merges.txt", "a b c\n", "expected merges of two tokens, got 'a b c'"),
+        ("merges.txt", "unheard of\n", "merges do not fit the vocabulary"),
+        ("tokenizer_config.json", "{}", "tokenizer_class: expected one of DreamTokenizer"),
+        ("tokenizer_config.json",
+         '{"tokenizer_class": "DreamTokenizer", "added_tokens_decoder": {"9": {"content": "x"}}}',
+         "added token 'x': expected id 9"),
+        ("tokenizer_config.json",
+         '{"tokenizer_class": "DreamTokenizer", "added_tokens_decoder": [1]}',
+         "added_tokens_decoder: expected objects"),
+    ],
+)  # fmt: skip
+def test_damaged_vocabularies_are_named(name, text, message, tmp_path):
+    (dream_folder(tmp_path) / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_dir(tmp_path)

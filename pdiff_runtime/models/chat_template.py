@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jinja2
 import jinja2.ext
 import jinja2.filters
 import jinja2.nodes
@@ -90,6 +91,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Whether a template may use an attribute."""
         is_refused = isinstance(obj, str) and attr in _REFUSED_METHODS
         return not is_refused and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        """Refuse, where Jinja's own would print nothing."""
+        raise jinja2.sandbox.SecurityError(f"{attribute!r} of {type(obj).__name__!r} is unsafe")
+
+    def wrap_str_format(self, value: Any) -> None:
+        """None: ``str.format`` is no exception to :meth:`is_safe_attribute`."""
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or a method for the template."""

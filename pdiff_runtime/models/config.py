@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,15 +66,20 @@ class ModelConfig:
         for field, largest in _LARGEST.items():
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-                raise ValueError(f"{field}: expected an integer from 1 to {largest}, got {value!r}")
+                raise ValueError(
+                    f"{field}: expected an integer from 1 to {largest}, "
+                    f"got {hf_config.shown(value)}"
+                )
         for field in _BOOLEANS:
             if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field}: expected true or false, got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"{field}: expected true or false, got {hf_config.shown(getattr(self, field))}"
+                )
         for field in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, field)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
-                raise ValueError(f"{field}: expected a number > 0, got {value!r}")
+            if not is_number or not 0 < value <= 1e12:
+                raise ValueError(f"{field}: expected a number > 0, got {hf_config.shown(value)}")
             object.__setattr__(self, field, float(value))
         if self.num_heads_q % self.num_heads_kv:
             raise ValueError(

@@ -54,9 +54,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: Too large, not UTF-8, not JSON, nested too deeply, or no object.
     """
+    text = read_text(file)
     try:
-        fields = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")

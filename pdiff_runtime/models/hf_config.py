@@ -195,20 +195,18 @@ def _family(fields: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if auto_map is not None and not (family and family.is_remote):
         raise ValueError(
-            f"config.json: auto_map of a {_shown(model_type)} model asks for remote code, which is "
+            f"config.json: auto_map of a {shown(model_type)} model asks for remote code, which is "
             "never run"
         )
     if family is None:
-        raise ValueError(
-            f"model_type: expected one of {sorted(FAMILIES)}, got {_shown(model_type)}"
-        )
+        raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, got {shown(model_type)}")
     return family
 
 
 def _check(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         expected = " or ".join(repr(each) for each in allowed if each is not None) or "none"
-        raise ValueError(f"{key}: expected {expected}, got {_shown(value)}")
+        raise ValueError(f"{key}: expected {expected}, got {shown(value)}")
 
 
 def _check_layer_types(layer_types: Any) -> None:
@@ -216,7 +214,7 @@ def _check_layer_types(layer_types: Any) -> None:
         isinstance(layer_types, list) and all(each == "full_attention" for each in layer_types)
     ):
         raise ValueError(
-            f"layer_types: expected 'full_attention' for every layer, got {_shown(layer_types)}"
+            f"layer_types: expected 'full_attention' for every layer, got {shown(layer_types)}"
         )
 
 
@@ -232,11 +230,11 @@ def _warn_of_unread(fields: Mapping[str, Any], family: Family) -> None:
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling: expected an object, got {_shown(rope)}")
+        raise ValueError(f"rope_scaling: expected an object, got {shown(rope)}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(
-            f"rope_scaling: expected type 'default' or 'llama3', got {_shown(rope_type)}"
+            f"rope_scaling: expected type 'default' or 'llama3', got {shown(rope_type)}"
         )
     _check("partial_rotary_factor", rope.get("partial_rotary_factor"), (None, 1.0))
     theta = rope.get("rope_theta", fields.get("rope_theta"))
@@ -259,12 +257,13 @@ def _head_dim(hidden_size: Any, num_heads: Any) -> int:
     are_sizes = isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads > 0
     if not are_sizes or hidden_size % num_heads:
         raise ValueError(
-            f"hidden_size: expected a multiple of the number of heads, got {_shown(hidden_size)} "
-            f"and {_shown(num_heads)}"
+            f"hidden_size: expected a multiple of the number of heads, got {shown(hidden_size)} "
+            f"and {shown(num_heads)}"
         )
     return hidden_size // num_heads
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -26,9 +26,12 @@ class Llama3Scaling:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"rope_scaling: {field.name}: expected > 0, got {value!r}")
-        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value <= 1e9:
+                raise ValueError(
+                    f"rope_scaling: {field.name}: expected a number > 0, got {value!r:.80}"
+                )
+        if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling: expected low_freq_factor < high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
