@@ -17,6 +17,7 @@ from torch import Tensor
 from pdiff_runtime import Decoder, SpanLayout, load_model, ops
 from pdiff_runtime.models import ModelConfig, init_weights, save_model
 from pdiff_runtime.models.attention import PackedAttention
+from pdiff_runtime.models.rope import Llama3Scaling
 
 NUM_ROWS = 20
 
@@ -190,6 +191,11 @@ def test_llada_is_saved_under_its_own_names(llada, tmp_path):
     "changes",
     [
         {},
+        {
+            "rope_scaling": Llama3Scaling(
+                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16
+            )
+        },
         {"model_type": "qwen2", "qkv_bias": True, "tie_word_embeddings": True},
         {"model_type": "qwen3", "qk_norm": True, "head_dim": 16},
         {"model_type": "Dream", "qkv_bias": True, "full_attention": True, "length_unit": 3},

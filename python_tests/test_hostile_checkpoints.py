@@ -252,12 +252,13 @@ def write_index(folder: Path, weight_map: object) -> None:
         ("a\\part-0.safetensors", "expected the name of a file"),
         ("\0.safetensors", "expected the name of a file"),
         (".hidden.safetensors", "expected the name of a file"),
+        ("x" * 5000 + ".safetensors", "cannot look for 'xxx"),
         ("part-7.safetensors", "no part-7.safetensors in"),
         ("part-0.bin", "expected names of safetensors files"),
         (7, "expected names of safetensors files"),
         (["part-0.safetensors"], "expected names of safetensors files"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:30],
 )
 def test_an_index_that_points_elsewhere(folder, part, message):
     weight_map = shard(folder)
@@ -314,6 +315,12 @@ def test_links_within_the_folder_and_to_it(folder):
     link = folder.parent / "link"
     link.symlink_to(folder)
     load_model(link)
+
+
+def test_links_in_a_circle(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
+    refused(folder, "cannot look for 'config.json'|no config.json")
 
 
 def test_a_snapshot_may_not_leave_its_repository(folder, tmp_path):

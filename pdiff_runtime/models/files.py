@@ -15,13 +15,18 @@ def find_file(folder: Path, name: str) -> Path | None:
     The hub's cache keeps a checkpoint as links into the ``blobs`` beside it; these are followed.
 
     Raises:
-        ValueError: The name has a folder in it, or is a link that leads out of the checkpoint.
+        ValueError: The name has a folder in it, cannot be looked up, or is a link that leads out of
+            the checkpoint.
     """
     if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
         raise ValueError(f"model: expected the name of a file in {folder}, got {name[:80]!r}")
-    file = (folder / name).resolve()
-    if not file.is_file():
-        return None
+    try:
+        file = (folder / name).resolve()
+        if not file.is_file():
+            return None
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise ValueError(f"model: cannot look for {name[:80]!r} in {folder} ({reason})") from error
     if not file.is_relative_to(_root(folder.resolve())):
         raise ValueError(f"model: {folder / name} is a link that leads out of its folder")
     return file

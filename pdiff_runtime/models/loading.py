@@ -28,7 +28,7 @@ BUNDLED_MODEL = Path(__file__).parent.parent / "assets" / "atlas"
 """Folder of the model that ships with the package."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
-_NUM_READERS = 4  # enough requests at a time to keep a disk busy
+_NUM_READERS = 2  # one waits for the disk while another copies
 _MAX_SHOWN = 20
 
 
