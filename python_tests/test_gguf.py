@@ -158,6 +158,13 @@ def test_tokenizers_that_do_not_fit(tmp_path, change, message):
         Tokenizer.from_gguf(path)
 
 
+def test_a_file_without_a_tokenizer_has_none(tmp_path):
+    path = write(tmp_path / "m.gguf", random_model())
+    assert Tokenizer.from_checkpoint(path) is None
+    with pytest.raises(ValueError, match="got None"):
+        Tokenizer.from_gguf(path)
+
+
 def test_how_words_are_cut(tmp_path):
     pieces = {}
     for style in ("gpt-2", "smollm", "qwen2", "llama-bpe"):

@@ -15,6 +15,7 @@ import torch
 
 from pdiff_runtime import LLM, ControlTokens, Decoder, load_model
 from pdiff_runtime.models import BUNDLED_MODEL, ModelConfig, init_weights, save_model
+from pdiff_runtime.models.safetensors_folder import SafetensorsFolder
 
 SHAPE = ModelConfig(
     vocab_size=40, hidden_size=16, num_layers=2, num_heads_q=2, num_heads_kv=1, head_dim=8,
@@ -176,7 +177,7 @@ def test_a_header_of_gigabytes_is_not_read(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(struct.pack("<Q", 90 << 20))
         file.truncate(200 << 20)
-    refused(folder, "truncated or damaged .a header of")
+    refused(folder, "truncated or damaged .its header is too long")
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
@@ -185,6 +186,14 @@ def test_truncated_files(folder, kept):
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data))])
     refused(folder, "truncated or damaged")
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder):
+    weights = SafetensorsFolder(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(ValueError, match="was cut off while it was read"):
+        weights.read(NORM)
 
 
 def test_tensors_that_are_no_floats(folder):

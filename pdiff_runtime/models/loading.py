@@ -38,7 +38,7 @@ class Weights(Protocol):
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU, in some float dtype; its memory may be the file's."""
+        """A new tensor on the CPU, in some float dtype."""
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path | None, *, revision: str | None = None) -> Path:
@@ -86,8 +86,8 @@ def load_model(
 ) -> Decoder:
     """Load a decoder for inference.
 
-    Files are mapped and copied tensor by tensor, straight to the device and the dtype. Weights that
-    are not finite are named in a warning.
+    Each tensor is read by itself, brought to the device and the dtype, and let go of before the
+    next but one, so that memory holds the weights once. Those not finite are named in a warning.
 
     Args:
         path_or_hub_id: A Hugging Face folder, a GGUF file or a hub id; None for the bundled model.
@@ -182,7 +182,7 @@ def _read(
     """The parameters in their place, and the names of those that are not finite."""
 
     def read(name: str) -> tuple[Tensor, bool]:
-        tensor = weights.read(name_of(name)).to(device, dtype, copy=True)
+        tensor = weights.read(name_of(name)).to(device, dtype)
         # A sum sees every NaN and infinity at the speed of memory; it may overflow by itself.
         return tensor, bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
+import torch
 from torch import Tensor
 
 from pdiff_runtime.models.files import find_file, read_json
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 16 << 20  # some hundred thousand tensors
-_DTYPES = ("BF16", "F16", "F32", "F64")
+_CHUNK_BYTES = 8 << 20
+_DTYPES: Mapping[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
 
 
 class SafetensorsFolder:
-    """Tensors by name, mapped into memory and read when they are copied.
+    """Tensors by name.
 
     Attributes:
         shapes: Of all tensors.
@@ -26,40 +46,60 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, safetensors.safe_open] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, _Stored] = {}
         for name in _file_names(folder):
-            self._open(folder, name)
+            file = find_file(folder, name)
+            if file is None:
+                raise ValueError(f"model: no {name} in {folder}")
+            header, start = _read_header(file)
+            for tensor, fields in header.items():
+                self._add(tensor, fields, file, start)
 
     def read(self, name: str) -> Tensor:
-        """A tensor whose memory is the file's: copy it, the file may change."""
-        return self._files[name].get_tensor(name)
+        """A tensor in its own dtype on the CPU, read straight into its memory.
 
-    def _open(self, folder: Path, name: str) -> None:
-        file = find_file(folder, name)
-        if file is None:
-            raise ValueError(f"model: no {name} in {folder}")
-        try:
-            with file.open("rb") as head:
-                header_bytes = int.from_bytes(head.read(8), "little")
+        Raises:
+            ValueError: The file has become shorter.
+        """
+        stored = self._stored[name]
+        tensor = torch.empty(self.shapes[name], dtype=stored.dtype)
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            while rest:
+                num_read = file.readinto(rest[:_CHUNK_BYTES])
+                if not num_read:
+                    raise ValueError(f"model: {stored.file} was cut off while it was read")
+                rest = rest[num_read:]
+        return tensor
+
+    def _add(self, name: str, fields: dict[str, Any], file: Path, start: int) -> None:
+        if name in self.shapes:
+            raise ValueError(f"model: {name} is in two files, one of them {file}")
+        if fields["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"model: {name} in {file}: expected one of {', '.join(_DTYPES)}, "
+                f"got {fields['dtype']}"
+            )
+        self.shapes[name] = tuple(fields["shape"])
+        start += fields["data_offsets"][0]
+        self._stored[name] = _Stored(file, start, _DTYPES[fields["dtype"]])
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of all tensors, which the library has checked, and where the data start."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > _MAX_HEADER_BYTES:
-                raise ValueError(
-                    f"model: {file} is truncated or damaged (a header of {header_bytes} bytes)"
-                )
-            tensors = safetensors.safe_open(file, "pt")
-            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"model: {file} is truncated or damaged ({error})") from error
-        for name, each in slices.items():
-            if name in self.shapes:
-                raise ValueError(f"model: {name} is in two files of {folder}")
-            if each.get_dtype() not in _DTYPES:
-                raise ValueError(
-                    f"model: {name} in {file}: expected one of {', '.join(_DTYPES)}, "
-                    f"got {each.get_dtype()}"
-                )
-            self._files[name] = tensors
-            self.shapes[name] = tuple(each.get_shape())
+                raise ValueError(f"model: {path} is truncated or damaged (its header is too long)")
+            with safetensors.safe_open(path, "pt"):
+                header = json.loads(file.read(header_bytes))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"model: {path} is truncated or damaged ({error})") from error
+    header.pop("__metadata__", None)
+    return header, 8 + header_bytes
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -69,11 +109,7 @@ def _file_names(folder: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"model: {index}: expected files by tensor under 'weight_map'")
-    names = set(weight_map.values()) if all(map(_is_text, weight_map.values())) else {""}
-    if not all(name.endswith(".safetensors") for name in names):
+    names = list(weight_map.values())
+    if not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
         raise ValueError(f"model: {index}: expected names of safetensors files")
-    return sorted(names)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    return sorted(set(names))

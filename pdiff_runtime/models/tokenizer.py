@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         self.backend = backend
-        self.tag_names: Mapping[str, str] = config.get("pdiff", {})
+        self.tag_names = _tag_names(config.get("pdiff", {}))
         self._special = {
             token.content: token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -49,7 +49,7 @@ class Tokenizer:
         template = _default_template(config.get("chat_template"))
         self._template = None if template is None else ChatTemplate(template)
         self._template_tokens = {
-            name: _content(config[name])
+            name: _content(name, config[name])
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if config.get(name)
         }
@@ -62,7 +62,8 @@ class Tokenizer:
             ValueError: A malformed one.
         """
         if checkpoint.is_file():
-            return cls.from_gguf(checkpoint)
+            has_any = "tokenizer.ggml.model" in GgufFile(checkpoint).metadata
+            return cls.from_gguf(checkpoint) if has_any else None
         names = ("tokenizer.json", "merges.txt")
         has_any = any(find_file(checkpoint, name) is not None for name in names)
         return cls.from_dir(checkpoint) if has_any else None
@@ -208,7 +209,7 @@ def _read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer
     vocab, merges = find_file(path, "vocab.json"), find_file(path, "merges.txt")
     if vocab is None or merges is None:
         raise ValueError(f"tokenizer: no tokenizer.json in {path}, nor vocab.json and merges.txt")
-    style = _STYLES.get(config.get("tokenizer_class", ""))
+    style = _STYLES.get(str(config.get("tokenizer_class")))
     if style is None:
         raise ValueError(
             f"tokenizer_class: expected one of {', '.join(_STYLES)} where there is no "
@@ -239,5 +240,15 @@ def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
+def _tag_names(names: Any) -> dict[str, str]:
+    if not isinstance(names, dict) or not all(isinstance(tag, str) for tag in names.values()):
+        raise ValueError(f"tokenizer: expected tags by name under 'pdiff', got {names!r:.80}")
+    return names
+
+
+def _content(name: str, token: Any) -> str:
+    """The text of a token, given as such or with flags."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"tokenizer: {name}: expected a token, got {token!r:.80}")
+    return content
