@@ -378,7 +378,8 @@ def test_what_a_model_can_not_do_is_refused(tiny_model, unshifted):
     )
     for mode in ("planned", "skeleton"):
         assert refusal(tiny_model, plain, mode=mode) == (
-            f"mode: {mode!r} needs the control tokens of plans, {needs}"
+            f"mode: {mode!r} needs the control tokens of plans "
+            f"(topic_start, topic_end, async_start, async_end, sync), {needs}"
         )
     assert refusal(tiny_model, plain, mode="diffusion") == (
         f"mode: 'diffusion' needs a mask token, {needs}"

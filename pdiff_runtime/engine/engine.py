@@ -46,6 +46,7 @@ from pdiff_runtime.models.decoder import Decoder, Project, project_at_once
 from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import RowTiles
 from pdiff_runtime.plan import (
+    PLAN_TAGS,
     ControlTokens,
     PlanError,
     PlanGrammar,
@@ -464,7 +465,7 @@ class Engine:
         if mode not in ONE_SPAN_MODES and shape.logits_shift != 1:
             lacks = "logits that predict the next token"
         elif mode in PLAN_MODES and not tags.has_plan:
-            lacks = "the control tokens of plans"
+            lacks = f"the control tokens of plans ({', '.join(PLAN_TAGS)})"
         elif mode in ONE_SPAN_MODES and tags.mask == MISSING:
             lacks = "a mask token"
         elif mode in ONE_SPAN_MODES and not (shape.full_attention or tags.has_plan):

@@ -13,7 +13,7 @@ import torch
 
 from pdiff_runtime.engine.engine import Engine
 from pdiff_runtime.engine.output import Event, Finished, RequestOutput
-from pdiff_runtime.engine.params import EngineConfig, GenerationParams, UserRound
+from pdiff_runtime.engine.params import PLAN_MODES, EngineConfig, GenerationParams, Mode, UserRound
 from pdiff_runtime.engine.progress import Bar
 from pdiff_runtime.models import Decoder, Tokenizer, load_model, resolve_checkpoint
 from pdiff_runtime.models.files import find_file, read_json
@@ -36,10 +36,11 @@ class LLM:
         config: Sizes of the engine.
         dtype: Of weights and computation when a checkpoint is loaded.
         device: Where a checkpoint is loaded to; a decoder stays where it is.
+        revision: Of a hub repository.
 
     Attributes:
-        default_params: What the checkpoint's ``generation_config.json`` recommends under "pdiff";
-            used where no parameters are given.
+        default_params: What the checkpoint's ``generation_config.json`` recommends under "pdiff",
+            in a mode that the model has the tokens for; used where no parameters are given.
 
     Raises:
         ValueError: No such checkpoint, a damaged one, a tokenizer without the control tags, or tags
@@ -55,12 +56,13 @@ class LLM:
         config: EngineConfig | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
     ) -> None:
         self.default_params = GenerationParams()
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
         else:
-            checkpoint = resolve_checkpoint(model_or_path)
+            checkpoint = resolve_checkpoint(model_or_path, revision=revision)
             self.model = load_model(checkpoint, dtype=dtype, device=device)
             self.default_params = _recommended(checkpoint)
             if tokenizer is None:
@@ -69,8 +71,11 @@ class LLM:
         if tags is None:
             if tokenizer is None:
                 raise ValueError("tags: expected control tokens where there is no tokenizer")
-            tags = ControlTokens.from_tokenizer(tokenizer, names=tokenizer.tag_names or None)
+            tags = tokenizer.control_tokens()
         tags.check_fit(self.model.config.vocab_size)
+        if not tags.has_plan and self.default_params.mode in PLAN_MODES:
+            mode: Mode = "diffusion" if self.model.config.full_attention else "ar"
+            self.default_params = dataclasses.replace(self.default_params, mode=mode)
         self.tags = tags
         self.engine = Engine(
             self.model, tags, config or EngineConfig(), self._decode, self._banned_ids()

@@ -15,9 +15,13 @@ from pdiff_runtime.models.chat_template import ChatTemplate
 from pdiff_runtime.models.files import find_file, read_json, read_text
 from pdiff_runtime.models.gguf_file import GgufFile
 from pdiff_runtime.models.gguf_tokenizer import gguf_tokenizer
+from pdiff_runtime.plan import PLAN_TAGS, PUBLISHED_NAMES, ControlTokens
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may say something in a conversation."""
+
+LLADA_MASK = "<|mdm_mask|>"
+"""LLaDA's tokenizer has this token and does not say what it is for."""
 
 _STYLES = {
     "DreamTokenizer": "qwen2",
@@ -53,6 +57,7 @@ class Tokenizer:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if config.get(name)
         }
+        self._mask_token = _content("mask_token", config.get("mask_token") or LLADA_MASK)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Tokenizer | None:
@@ -104,6 +109,24 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids of all special tokens and control tags."""
         return frozenset(self._special.values())
+
+    def control_tokens(self) -> ControlTokens:
+        """The tags by name: those in its config under "pdiff", else the published ones.
+
+        A vocabulary that has none of the tags of plans gives eos and the mask by the names that its
+        own config has for them; the other tags are missing then.
+
+        Raises:
+            ValueError: Some tags are missing or split (all of them in one message), or digits are
+                not single tokens.
+        """
+        names = {**PUBLISHED_NAMES, **self.tag_names}
+        if self.tag_names or any(self.token_to_id(names[tag]) is not None for tag in PLAN_TAGS):
+            return ControlTokens.from_tokenizer(self, names=names)
+        names["eos"] = self._template_tokens.get("eos_token", names["eos"])
+        if self.token_to_id(names["mask"]) is None:
+            names["mask"] = self._mask_token
+        return ControlTokens.from_tokenizer(self, names=names, needs_plan=False)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one token, None if the vocabulary lacks it."""

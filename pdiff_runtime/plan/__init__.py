@@ -1,6 +1,6 @@
 """Control tokens, the grammar of plans, and the attention layout they imply."""
 
-from pdiff_runtime.plan.control_tokens import PUBLISHED_NAMES, ControlTokens
+from pdiff_runtime.plan.control_tokens import PLAN_TAGS, PUBLISHED_NAMES, ControlTokens
 from pdiff_runtime.plan.grammar import PlanGrammar, PlanState, Topic
 from pdiff_runtime.plan.parse import PlanError, parse_plan
 from pdiff_runtime.plan.span_layout import SpanLayout

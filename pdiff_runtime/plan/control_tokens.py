@@ -62,7 +62,7 @@ class ControlTokens:
     def __post_init__(self) -> None:
         object.__setattr__(self, "digits", tuple(self.digits))
         missing = [name for name in PUBLISHED_NAMES if getattr(self, name) == MISSING]
-        if "eos" in missing or 0 < len(set(missing) & set(PLAN_TAGS)) < len(PLAN_TAGS):
+        if missing and ("eos" in missing or not set(missing) >= set(PLAN_TAGS)):
             raise ValueError(f"{missing[0]}: expected an int >= 0, got {MISSING}")
         if len(self.digits) != 10 and (self.has_plan or self.digits):
             raise ValueError(f"digits: expected 10 ids, got {len(self.digits)}")
