@@ -1,4 +1,4 @@
-"""Print the README's tables from `kernels.json` and `engine.json` in `bench/results/cpu`.
+"""Print the README's tables from the JSON files in `bench/results/cpu`.
 
 python bench/readme_table.py
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results" / "cpu"
 RESULTS, ENGINE_RESULTS = FOLDER / "kernels.json", FOLDER / "engine.json"
+PARETO_RESULTS, ABLATION_RESULTS = FOLDER / "pareto.json", FOLDER / "ablations.json"
 
 ROWS = (
     ("hybrid_attention", "long", "attention forward, long"),
@@ -45,6 +46,33 @@ SHORT = {
 
 
 LOADS = ("bundled, planned", "34M, planned", "34M, ar, 120 tokens")
+
+
+POINTS = (
+    ("ar", 0, "autoregressive"),
+    ("planned, threshold", 0.95, "**planned, threshold 0.95** (the model's default)"),
+    ("planned, threshold", 0.7, "planned, threshold 0.7"),
+    ("planned, entropy", 1.0, "planned, entropy, as many steps as the longest span has tokens"),
+    ("planned, entropy", 0.5, "the same, half as many steps"),
+    ("planned, random order", 0.5, "the same, positions in random order"),
+    ("planned, joint", 0.95, "planned, threshold 0.95, spans that see each other"),
+    ("planned, as published", 1.0, 'planned, entropy, `compat="published"`, greedy'),
+    ("Fast-dLLM, prefix cache", 0.95, "Fast-dLLM blocks of 8, threshold 0.95, prefix cache *"),
+    ("Fast-dLLM, dual cache", 0.95, "the same, dual cache *"),
+    ("diffusion, threshold", 0.95, "one-span diffusion, threshold 0.95 *"),
+    ("diffusion, entropy", 1.0, "one-span diffusion, entropy, one token a step *"),
+    ("skeleton", 0, "skeleton: the plan's branches token by token"),
+)
+ARMS = (
+    ("sync", "trained with sync between coupled parts"),
+    ("control", "trained without (control)"),
+    ("no topic", "trained without topic words"),
+    ("joint", "trained with spans that see each other"),
+    ("joint at inference", "spans that see each other, not trained so"),
+    ("true plan", "the true plan given"),
+    ("length_scale 3", "spans 0.75 times as long as announced"),
+    ("length_scale 5", "spans 1.25 times as long"),
+)
 
 
 def number(x: float) -> str:
@@ -123,7 +151,42 @@ def engine_table_of(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pareto_table_of(results: Mapping[str, Any]) -> str:
+    """Ways of decoding the bundled model, in Markdown."""
+    found = {(p["arm"], p["value"]): p for p in results["points"]}
+    ar = found["ar", 0]
+    lines = [
+        "| decoding | facts exact | critical path | of autoregressive | milliseconds |",
+        "|---" * 5 + "|",
+    ]
+    for arm, value, title in POINTS:
+        p = found[arm, value]
+        lines.append(
+            f"| {title} | {100 * p['exact']:.1f} % | {p['critical_path']:.1f} "
+            f"| {p['critical_path'] / ar['critical_path']:.2f} | {1e3 * p['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def ablation_table_of(results: Mapping[str, Any]) -> str:
+    """What is lost without a part of the method, in Markdown."""
+    lines = [
+        "| | independent facts exact | coupled facts exact | critical path, coupled |",
+        "|---|---|---|---|",
+    ]
+    for arm, title in ARMS:
+        r = results["results"][arm]
+        sheet, coupled = (100 * r["accuracy"][family] for family in ("sheet", "coupled"))
+        path = r["critical_path"]["coupled"]
+        lines.append(f"| {title} | {sheet:.1f} % | {coupled:.1f} % | {path:.1f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table_of(json.loads(RESULTS.read_text())))
     print()
     print(engine_table_of(json.loads(ENGINE_RESULTS.read_text())))
+    print()
+    print(pareto_table_of(json.loads(PARETO_RESULTS.read_text())))
+    print()
+    print(ablation_table_of(json.loads(ABLATION_RESULTS.read_text())))

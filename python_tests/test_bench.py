@@ -110,11 +110,16 @@ def test_an_unknown_kernel_is_named(tmp_path):
 @pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
 def test_the_readme_has_the_measured_numbers():
     sys.path.append(str(ROOT / "bench"))
-    from readme_table import ENGINE_RESULTS, engine_table_of, table_of
+    import readme_table as tables
 
     readme = (ROOT / "README.md").read_text()
-    assert table_of(json.loads(RESULTS.read_text())) in readme
-    assert engine_table_of(json.loads(ENGINE_RESULTS.read_text())) in readme
+    for table_of, file in (
+        (tables.table_of, tables.RESULTS),
+        (tables.engine_table_of, tables.ENGINE_RESULTS),
+        (tables.pareto_table_of, tables.PARETO_RESULTS),
+        (tables.ablation_table_of, tables.ABLATION_RESULTS),
+    ):
+        assert table_of(json.loads(file.read_text())) in readme
 
 
 @pytest.mark.parametrize("arguments", [["latency", "--runs", 1], ["throughput", "--requests", 2]])
