@@ -37,6 +37,7 @@ class LLM:
         dtype: Of weights and computation when a checkpoint is loaded.
         device: Where a checkpoint is loaded to; a decoder stays where it is.
         revision: Of a hub repository.
+        progress: Show a bar on stderr while weights load.
 
     Attributes:
         default_params: What the checkpoint's ``generation_config.json`` recommends under "pdiff",
@@ -57,13 +58,14 @@ class LLM:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         revision: str | None = None,
+        progress: bool = False,
     ) -> None:
         self.default_params = GenerationParams()
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
         else:
             checkpoint = resolve_checkpoint(model_or_path, revision=revision)
-            self.model = load_model(checkpoint, dtype=dtype, device=device)
+            self.model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
             self.default_params = _recommended(checkpoint)
             if tokenizer is None:
                 tokenizer = Tokenizer.from_checkpoint(checkpoint)

@@ -119,7 +119,8 @@ def generate(
 
     console = Console(highlight=False)
     is_live = not (plain or is_json) and console.is_terminal
-    with console.status("loading") if is_live else contextlib.nullcontext():
+    is_bundled = options["model"] is None  # others show a bar
+    with console.status("loading") if is_live and is_bundled else contextlib.nullcontext():
         from pdiff_runtime.serve.generate import as_json, complaint, parse_plan, watch
 
         user_plan = None if plan is None else parse_plan(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,8 +56,11 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
     """
     options = (
         click.option(
-            "--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled."
+            "--model",
+            metavar="PATH_OR_ID",
+            help="Model folder, GGUF file or hub id; default: bundled.",
         ),
+        click.option("--revision", metavar="NAME", help="Branch, tag or commit of the hub id."),
         click.option(
             "--mode",
             metavar="MODE",
@@ -154,8 +158,8 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
 
 
 def load(
-    *, model: str | None, dtype: str, device: str, threads: int | None, joint: bool,
-    no_grammar: bool, **knobs: Any,
+    *, model: str | None, revision: str | None, dtype: str, device: str, threads: int | None,
+    joint: bool, no_grammar: bool, **knobs: Any,
 ) -> tuple[LLM, GenerationParams]:  # fmt: skip
     """The model that :func:`generation_options` name, and its parameters where they say nothing.
 
@@ -169,7 +173,10 @@ def load(
 
     set_threads(threads)
     check_device(device)
-    llm = LLM(model, dtype=getattr(torch, dtype), device=device)
+    llm = LLM(
+        model, dtype=getattr(torch, dtype), device=device, revision=revision,
+        progress=model is not None and sys.stderr.isatty(),
+    )  # fmt: skip
     params = dataclasses.replace(
         with_knobs(llm.default_params, knobs), isolate_spans=not joint, use_grammar=not no_grammar
     )
