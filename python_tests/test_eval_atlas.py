@@ -313,7 +313,7 @@ def test_the_table_fits_80_columns(llm, few):
         (["--batch", 0], "Invalid value for '--batch'"),
         (["--given", "all"], "Invalid value for '--given'"),
         (["--mode", "fast"], "mode: expected"),
-        (["--mode", "ar", "--given", "plan"], "plan: expected mode='planned'"),
+        (["--mode", "ar", "--given", "plan"], "plan: expected a mode with plans"),
         (["--max-tokens", 100_000], "max_tokens: a prompt of"),
         (["--model", "/no/such/folder"], "model: no folder"),
         (["--seed", -1], "seed: expected an integer"),
