@@ -22,7 +22,7 @@ ATTENTION = [
 ]
 NAMES = [
     *ATTENTION, "delta", "rope_kv_write", "score_greedy", "score_filtered", "finish_greedy",
-    "finish_filtered", "select", "ban",
+    "finish_filtered", "limit_factor", "limit_entropy_budget", "select", "ban",
 ]  # fmt: skip
 MOST_STACK_BYTES = 128
 """Of the one kernel that keeps a few numbers of a task there while it walks the task's rows; Triton

@@ -187,14 +187,14 @@ def test_each_span_has_its_own_settings(rule, backend):
     ("rule", "threshold"),
     [
         (Rule.THRESHOLD, 0.5),
-        (Rule.FACTOR, 24.2),
-        (Rule.ENTROPY_BUDGET, 400.0),
-        pytest.param(Rule.ENTROPY_BUDGET, 40.0, marks=exhaustive),
+        (Rule.FACTOR, 29.0),
+        (Rule.ENTROPY_BUDGET, 90.0),
+        pytest.param(Rule.ENTROPY_BUDGET, 9.0, marks=exhaustive),
         *(pytest.param(r, None, marks=exhaustive) for r in Rule if r not in THRESHOLDS),
     ],
 )
 def test_selection_follows_the_confidences_given(rule, threshold, backend):
-    lengths, quotas = [40, 1, 0, 400, 17], [7, 1, 2, 399, 40]
+    lengths, quotas = [40, 1, 0, 200, 17], [7, 1, 2, 199, 40]
     spans = spans_of(*lengths, quotas=quotas)
     # Few distinct rows, so that many confidences are exactly equal.
     logits = random_logits(6, 33)[torch.arange(sum(lengths)) % 6]
@@ -272,6 +272,21 @@ def test_entropy_budget_bounds_the_joint_error(backend):
     assert written.sum() - written.max() <= budget < written.sum()
     assert 2 < len(written) < rows
     assert written.max() <= entropy[~stats.is_written].min()
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0])
+def test_certain_positions_cost_no_entropy(threshold, backend):
+    if threshold < 0 and backend.impl is ops.Impl.CPU:
+        pytest.skip("a CPU refuses it, on a GPU it counts as 0")
+    logits = torch.full((5, 9), -math.inf)
+    logits[:, 3] = 0.0
+    logits[3:, 4] = 0.0
+    for rule, num_written in ("entropy_budget", 4), ("factor", 1):
+        _, stats = run(
+            logits, spans_of(5, quotas=[9]), backend=backend, rule=rule,
+            threshold=torch.tensor([threshold]),
+        )  # fmt: skip
+        assert stats.is_written.tolist() == [True] * num_written + [False] * (5 - num_written)
 
 
 @pytest.mark.parametrize("alg_temp", [0.0, 0.4])
@@ -509,18 +524,6 @@ def test_on_a_gpu_settings_of_no_span_are_not_read(backend):
     if backend.impl is ops.Impl.TRITON:  # 0 of each, as what is out of range counts
         assert stats.confidence.isfinite().all()
         assert torch.equal(stats.candidate, random_logits(6, 40).argmax(1))
-
-
-def test_on_a_gpu_a_threshold_below_0_counts_as_0(backend):
-    if backend.impl is ops.Impl.CPU:
-        pytest.skip("a CPU refuses it")
-    logits = torch.full((4, 9), -math.inf)
-    logits[:, 3] = 0.0  # certain: no entropy
-    logits[3, 4] = 0.0
-    spans = spans_of(4, quotas=[9])
-    for rule, written in ("entropy_budget", [True] * 4), ("factor", [True] + [False] * 3):
-        _, stats = run(logits, spans, backend=backend, rule=rule, threshold=torch.tensor([-1.0]))
-        assert stats.is_written.tolist() == written
 
 
 @pytest.mark.parametrize("settings", settings_few("hot", "both_filters"))

@@ -95,7 +95,7 @@ def cases(arch: int) -> Iterator[Case]:
         )  # fmt: skip
     for name, rule in (("factor", 4), ("entropy_budget", 5)):
         yield Case(
-            f"limit_{name}", unmask.limit_kernel, {"RULE": rule, "ROWS": unmask.SELECT_ROWS}, 4, 1
+            f"limit_{name}", unmask.limit_kernel, {"RULE": rule, "ROWS": unmask.SELECT_ROWS}, 8, 1
         )
     yield Case("select", unmask.select_kernel, {"RULE": 3, "ROWS": unmask.SELECT_ROWS}, 4, 1)
     yield Case("ban", unmask.ban_kernel, {"BLOCK": 256}, 4, 1)

@@ -646,15 +646,15 @@ def unmask(
         num_warps=8 if filters else 1,
     )  # fmt: skip
     select_grid = (triton.cdiv(num_rows, SELECT_ROWS),)
-    limits = _pair(0.0 if threshold is None else threshold)
+    thresholds = _pair(0.0 if threshold is None else threshold)
     if rule_code in (FACTOR.value, ENTROPY_BUDGET.value):
         num_unmask = num_unmask.clone()
         limit_kernel[select_grid](
-            num_unmask, cu_rows_span, rank_key, confidence, is_nan.view(torch.uint8), *limits,
-            num_rows, num_spans, rule_code, SELECT_ROWS, num_warps=4,
+            num_unmask, cu_rows_span, rank_key, confidence, is_nan.view(torch.uint8), *thresholds,
+            num_rows, num_spans, rule_code, SELECT_ROWS, num_warps=8,  # 4 would spill the sums
         )  # fmt: skip
     select_kernel[select_grid](
         token_ids, row_position, cu_rows_span, num_unmask, rank_key, confidence, candidate,
-        is_written.view(torch.uint8), num_masked, *limits,
+        is_written.view(torch.uint8), num_masked, *thresholds,
         num_rows, num_spans, len(token_ids), rule_code, SELECT_ROWS, num_warps=4,
     )  # fmt: skip
