@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from pdiff_runtime.train.data import (
 )
 from pdiff_runtime.train.loop import Trainer, stratified_times
 from pdiff_runtime.train.recipe import Recipe, Stage, load_recipe
+from pdiff_runtime.train.targets import span_bounds
 
 DOCUMENTS = [
     TaggedDocument(
@@ -128,6 +132,39 @@ def test_every_epoch_shows_every_document_once(encoder):
     lo, hi = batch.cu_seqlens[:2].tolist()
     assert batch.token_ids[lo:hi].tolist() == encoded[first[0][0]].token_ids
     assert batch.positions[lo:hi].tolist() == list(range(hi - lo))
+
+
+@pytest.mark.parametrize("isolate_spans", [True, False])
+def test_spans_see_each_other_if_asked(encoder, isolate_spans):
+    encoded = [encoder(document) for document in DOCUMENTS]
+    dataset = PackedDataset(encoded, encoder.tags, isolate_spans=isolate_spans)
+    first, second = (slice(*span) for span in span_bounds(encoded[0].token_ids, encoder.tags))
+    sees = dataset.batch(np.array([0])).layouts[0].dense_mask()
+    assert sees[first, first].all()
+    assert sees[second, second].all()
+    for rows, keys in ((first, second), (second, first)):
+        assert (sees[rows, keys] != isolate_spans).all()
+
+
+def test_a_recipe_says_whether_spans_see_each_other(encoder, tmp_path):
+    stage = dataclasses.replace(recipe().stages[1], formats={"planned": 1.0})
+    losses = {}
+    for isolate_spans in (True, False):
+        records: list[dict] = []
+        changed = recipe(stages=(stage,), isolate_spans=isolate_spans)
+        folder = tmp_path / str(isolate_spans)
+        Trainer(changed, DOCUMENTS, encoder, folder, records.append).train(max_steps=1)
+        losses[isolate_spans] = records[0]
+    assert losses[True]["loss_ar"] == losses[False]["loss_ar"]  # no plan token sees a span
+    assert losses[True]["loss_span"] != losses[False]["loss_span"]
+
+
+def test_rounds_are_padded_each_by_their_own_numbers(encoder):
+    tags = encoder.tags
+    text = "<topic>a2</topic><async>Lima.</async><sync/><topic>b1</topic><async>It.</async>"
+    ids = encoder(TaggedDocument("Hello.", text)).token_ids
+    assert [hi - lo - 2 for lo, hi in span_bounds(ids, tags)] == [8, 4]
+    assert ids.count(tags.sync) == 1
 
 
 def test_formats_show_one_answer_in_three_ways(encoder):

@@ -164,14 +164,24 @@ class PackedBatch:
 class PackedDataset:
     """Encoded documents in flat arrays, and the batches of every epoch.
 
-    Batches depend on ``(seed, epoch)`` alone, so a run can resume at any step.
+    Batches depend on ``(seed, epoch)`` alone, so a run can resume at any step. Without
+    ``isolate_spans``, spans that directly follow one another see each other.
     """
 
-    def __init__(self, documents: Sequence[EncodedDocument], tags: ControlTokens) -> None:
+    def __init__(
+        self,
+        documents: Sequence[EncodedDocument],
+        tags: ControlTokens,
+        *,
+        isolate_spans: bool = True,
+    ) -> None:
         if not documents:
             raise ValueError("documents: expected at least one, got none")
         targets = [hybrid_targets(document.token_ids, tags) for document in documents]
-        self.layouts = [SpanLayout.from_tokens(document.token_ids, tags) for document in documents]
+        self.layouts = [
+            SpanLayout.from_tokens(document.token_ids, tags, isolate_spans)
+            for document in documents
+        ]
         lengths = [len(document.token_ids) for document in documents]
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.token_ids = torch.tensor([i for d in documents for i in d.token_ids])

@@ -117,7 +117,7 @@ class Trainer:
             self.encoder(document, names[draw])
             for document, draw in zip(self.documents, draws, strict=True)
         ]
-        return PackedDataset(encoded, self.tags)
+        return PackedDataset(encoded, self.tags, isolate_spans=self.recipe.isolate_spans)
 
     def _batches(self, dataset: PackedDataset, stage: Stage) -> Iterator[PackedBatch]:
         """Batches from the current step to the end of the stage."""

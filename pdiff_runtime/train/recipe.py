@@ -46,10 +46,11 @@ class Recipe:
     """A whole run.
 
     ``data`` is "atlas" (composed from the shipped facts) or the path of a tagged JSONL file;
-    ``tokenizer`` a tokenizer folder, "atlas" for the shipped one. ``autocast`` runs the linear
-    layers and attention in bfloat16, with fp32 weights; ``compile`` fuses element-wise work with
-    ``torch.compile``, which takes a minute at the start. ``generation`` are the parameters that the
-    finished model recommends, see :class:`pdiff_runtime.GenerationParams`.
+    ``tokenizer`` a tokenizer folder, "atlas" for the shipped one. Without ``isolate_spans`` the
+    spans of a round see each other, as they must then at inference too. ``autocast`` runs the
+    linear layers and attention in bfloat16, with fp32 weights; ``compile`` fuses element-wise work
+    with ``torch.compile``, which takes a minute at the start. ``generation`` are the parameters
+    that the finished model recommends, see :class:`pdiff_runtime.GenerationParams`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_documents: int = 60_000
+    isolate_spans: bool = True
     seed: int = 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
