@@ -7,7 +7,7 @@ schedule and seed, on the same documents written in four ways:
 
     control   as they are
     sync      the parts of a coupled answer come in rounds of one, so that later ones see earlier
-    no topic  every topic says "part" in place of its words; its number stays
+    no topic  every topic says "it" in place of its words; its number stays
     joint     as they are, but the spans of a round see each other, in training and at inference
 
 The other rows are the bundled weights under other parameters: "bundled", the recommended ones;
@@ -18,7 +18,8 @@ The bundled documents have no sync, so that "control" is also the arm without it
 them are coupled ("Name two neighbours of Peru."), which is too few to learn from in a short run:
 here it is a tenth, in all four arms. Coupled questions are recall, as neighbours cannot be held
 out; there are more of them than in the bundled evaluation. "no topic" is marked by order, and its
-`topics_exact` says how often the number of parts is right.
+`topics_exact` says how often the number of parts is right. A span can still find its part there:
+prompts name the parts in the order of the plan.
 
 This is one run per arm with one seed, of a model of 2 M parameters that recites small facts, whose
 weights learned to plan with topics before the arms part. It shows which way an effect goes, not how
@@ -56,7 +57,7 @@ NUM_COUPLED_QUESTIONS = 200
 MAX_TOKENS = 400  # of an answer; the longest spans have 70
 BATCH = 16
 
-UNINFORMATIVE = "part"
+UNINFORMATIVE = "it"  # one token, as the words of all topics are: plans stay as long
 TOPIC = re.compile(f"{CONTROL['topic_start']}(.*?)([0-9]+){CONTROL['topic_end']}")
 SPAN = re.compile(f"{CONTROL['async_start']}.*?{CONTROL['async_end']}")
 
@@ -162,7 +163,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
 
 
 def training_of(folder: Path) -> dict[str, float]:
-    """Tokens, steps, and the losses over the last tenth of a run's log."""
+    """Tokens, steps and seconds at the end of a run's log, and mean losses of its last tenth."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     last = log[-max(1, len(log) // 10) :]
     return {
