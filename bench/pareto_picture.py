@@ -11,11 +11,11 @@ DRAWN = {
     "planned, threshold": ("planned, threshold", BLUE, "o", "-", 2.4),
     "planned, entropy": ("planned, fixed steps", BLUE, "o", "--", 1.4),
     "planned, random order": ("planned, random order", "#8fb3e6", "o", ":", 1.4),
-    "Fast-dLLM, prefix cache": ("Fast-dLLM blocks, prefix cache*", "#2f8f4e", "s", "-", 1.8),
-    "Fast-dLLM, dual cache": ("Fast-dLLM blocks, dual cache*", "#2f8f4e", "s", "--", 1.2),
-    "diffusion, threshold": ("one-span diffusion, threshold*", "#d9822b", "^", "-", 1.8),
-    "diffusion, entropy": ("one-span diffusion, fixed steps*", "#d9822b", "^", "--", 1.2),
-    "skeleton": ("skeleton: branches token by token", "#8a4fb0", "D", "", 0),
+    "Fast-dLLM, prefix cache": ("Fast-dLLM, prefix cache*", "#2f8f4e", "s", "-", 1.8),
+    "Fast-dLLM, dual cache": ("Fast-dLLM, dual cache*", "#2f8f4e", "s", "--", 1.2),
+    "diffusion, threshold": ("one span, threshold*", "#d9822b", "^", "-", 1.8),
+    "diffusion, entropy": ("one span, fixed steps*", "#d9822b", "^", "--", 1.2),
+    "skeleton": ("skeleton, token by token", "#8a4fb0", "D", "", 0),
     "ar": ("autoregressive", INK, "*", "", 0),
 }
 """Arms in the picture: label, colour, marker, line and its width."""
@@ -25,7 +25,7 @@ ABLATIONS = {
     "control": "trained without sync (control)",
     "no topic": "trained without topic words",
     "joint": "trained with spans that see each other",
-    "joint at inference": "not trained so, but seeing each other",
+    "joint at inference": "the same without training for it",
 }
 FAMILIES = {"sheet": "independent facts", "coupled": "coupled facts"}
 
@@ -39,22 +39,26 @@ def draw(file: Path) -> Path:
 
     measured = json.loads(file.read_text("utf-8"))
     ablations = file.with_name("ablations.json")
-    rows = 2 if ablations.is_file() else 1
-    figure, grid = plt.subplots(
-        rows, 2, figsize=(12, 5.4 + 3.6 * (rows - 1)), layout="constrained", squeeze=False,
-        height_ratios=[1.5, 1][:rows],
+    has_ablations = ablations.is_file()
+    figure = plt.figure(figsize=(12, 9.6 if has_ablations else 6), layout="constrained")
+    above, *below = figure.subfigures(2 if has_ablations else 1, 1, height_ratios=[1.7, 1][
+        : 1 + has_ablations
+    ], squeeze=False)[:, 0]  # fmt: skip
+    title = "One small model, every way of decoding it"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=17, color=INK)
+    forwards, seconds = above.subplots(1, 2, sharey=True)
+    _frontier(forwards, measured["points"], "critical_path", 1.0)
+    forwards.set_xlabel("critical path: forward passes that wait for one another")
+    forwards.set_ylabel("facts right to the letter, %")
+    _frontier(seconds, measured["points"], "seconds", 1e3)
+    seconds.set_xlabel("milliseconds per answer, one at a time")
+    above.legend(
+        *forwards.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9,
+        frameon=False,
     )  # fmt: skip
-    figure.suptitle(
-        "One small model, every way of decoding it", x=0.01, ha="left", fontsize=17, color=INK
-    )
-    _frontier(grid[0, 0], measured["points"], "critical_path", 1.0)
-    grid[0, 0].set_xlabel("critical path: forward passes that wait for one another")
-    _frontier(grid[0, 1], measured["points"], "seconds", 1e3)
-    grid[0, 1].set_xlabel("milliseconds per answer, one at a time")
-    grid[0, 0].set_ylabel("facts right to the letter, %")
-    grid[0, 0].legend(loc="lower right", fontsize=9, frameon=False)
-    if rows == 2:
-        _ablations(json.loads(ablations.read_text("utf-8")), *grid[1])
+    for part in below:
+        lengths, bars = part.subplots(1, 2, width_ratios=[1, 1.1])
+        _ablations(json.loads(ablations.read_text("utf-8")), lengths, bars)
     num = measured["prompts"][measured["family"]]
     figure.supxlabel(
         f"atlas-2m, 2.0 M parameters, {num} held-out country sheets, greedy. Up and left is better."
@@ -119,13 +123,13 @@ def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
     bars.set_yticks(range(len(shown)), shown.values(), fontsize=9)
     bars.invert_yaxis()
     bars.set(xlim=(0, 108), xlabel="facts right to the letter, %")
-    title = "What a planned model loses without a part of it"
+    title = "Without a part of the method"
     bars.set_title(title, loc="left", fontsize=12, color=INK)
     handles, labels = bars.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     bars.legend(
-        unique.values(), unique, fontsize=9, frameon=False, loc="upper right",
-        bbox_to_anchor=(1, 1.16), ncols=2,
+        unique.values(), unique, fontsize=9, frameon=False, loc="lower right",
+        bbox_to_anchor=(1, 0.99), ncols=2,
     )  # fmt: skip
     _clean(bars)
 
