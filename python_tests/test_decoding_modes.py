@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pdiff_runtime import ControlTokens, Decoder, GenerationParams
 from pdiff_runtime.denoise import RULES, num_steps, num_unmask
+from pdiff_runtime.engine import PlanReady, SpanDone, Text
 from pdiff_runtime.models import ModelConfig
 from pdiff_runtime.models.attention import rotate
 from pdiff_runtime.plan.control_tokens import MISSING
@@ -415,6 +416,7 @@ def test_a_model_without_plan_tags_writes_on(tiny_model):
         ({"num_steps": 0}, "num_steps: expected an integer from 1"),
         ({"block_len": 0}, "block_len: expected an integer from 1"),
         ({"block_cache": None}, "block_cache: expected one of 'prefix', 'dual', 'off', got None"),
+        ({"mode": "skeleton", "kv_commit": "published"}, "kv_commit: expected 'clean' in mode"),
         ({"mode": "skeleton", "isolate_spans": False}, "isolate_spans: expected True in mode"),
         ({"compat": "v1"}, "compat: expected None or 'published', got 'v1'"),
         ({"compat": "published", "mode": "ar"}, "compat: expected mode='planned' with it"),
@@ -458,3 +460,148 @@ def test_cancelling_any_mode_returns_its_pages(tiny_model):
         engine.abort(engine.request_ids)
         assert drain(engine) == {}
         assert engine.allocator.num_free == engine.allocator.num_pages
+
+
+# --- how requests end ----------------------------------------------------------------------------
+
+ANY_MODE = [
+    Case(PROMPT, GenerationParams(max_tokens=60), user_plan(TAGS, [4, 5])),
+    Case(PROMPT, GenerationParams(max_tokens=60, mode="skeleton"), user_plan(TAGS, [4, 5])),
+    Case(PROMPT, GenerationParams(max_tokens=30, mode="diffusion")),
+    Case(PROMPT, GenerationParams(max_tokens=30, mode="fast_dllm", block_len=9)),
+    Case(PROMPT, GenerationParams(max_tokens=60, compat="published", temperature=0, top_k=0),
+         user_plan(TAGS, [4, 5])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ANY_MODE, ids=lambda case: name_of(case.params))
+@pytest.mark.parametrize("how", ["out of memory", "nan", "abort"])
+def test_an_answer_that_breaks_off_has_no_masks_and_counts_its_steps(case, how, tiny_model):
+    engine = make_engine(tiny_model, TAGS)
+    engine.add("x", case.prompt, case.params, case.rounds)
+    run, num_runs = engine.runner.run, itertools.count()
+
+    def failing(works):
+        if next(num_runs) < 6:
+            return run(works)
+        if how == "out of memory":
+            raise torch.OutOfMemoryError("none left")
+        results = run(works)
+        for predicted in results:
+            predicted.is_nan = how == "nan"
+        return results
+
+    engine.runner.run = failing
+    outputs = {}
+    while engine.has_work:
+        if how == "abort" and engine.num_steps == 6:
+            outputs |= finished(engine.abort(["x"]))
+        else:
+            outputs |= finished(engine.step())
+    output = outputs["x"]
+    assert output.finish_reason == ("abort" if how == "abort" else "error")
+    assert TAGS.mask not in output.token_ids
+    assert 5 <= output.usage.critical_path <= 6
+    assert engine.allocator.num_free == engine.allocator.num_pages
+
+
+def events_of(model: Decoder, tags: ControlTokens, case: Case) -> list:
+    engine = make_engine(model, tags)
+    engine.add("x", case.prompt, case.params, case.rounds, with_text=True)
+    events = []
+    while engine.has_work:
+        events += step(engine)
+    return events
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *ANY_MODE,
+        Case(PROMPT, GenerationParams(max_tokens=3, mode="diffusion")),
+        Case(PROMPT, GenerationParams(max_tokens=30, length_scale=0.1), user_plan(TAGS, [4, 5])),
+        Case(PROMPT, GenerationParams(max_tokens=4), user_plan(TAGS, [4])),
+    ],
+    ids=lambda case: name_of(case.params),
+)
+def test_events_tell_of_every_round_and_span_and_of_all_the_text(case, tiny_model):
+    events = events_of(tiny_model, TAGS, case)
+    output = events[-1].output
+    plans = [event for event in events if isinstance(event, PlanReady)]
+    assert [len(plan.bounds) for plan in plans] == [len(r.lengths) for r in output.rounds]
+    done = {(e.round_idx, e.span_idx): e.text for e in events if isinstance(e, SpanDone)}
+    spans = {(i, j): text for i, r in enumerate(output.rounds) for j, text in enumerate(r.spans)}
+    assert done == spans
+    assert "".join(e.text for e in events if isinstance(e, Text)) == output.text
+
+
+def test_a_canvas_that_ends_at_eos_says_that_its_span_is_done(two_way, monkeypatch):
+    make_logits = two_way.logits
+
+    def likes_eos(hidden, *project):
+        logits = make_logits(hidden, *project)
+        logits[:, TAGS.eos] += 5.0
+        return logits
+
+    monkeypatch.setattr(two_way, "logits", likes_eos)
+    case = Case(PROMPT, GenerationParams(mode="fast_dllm", max_tokens=40, block_len=5))
+    events = events_of(two_way, NO_PLAN_TAGS, case)
+    [done] = [event for event in events if isinstance(event, SpanDone)]
+    assert done.text == events[-1].output.text
+    assert events[-1].output.finish_reason == "stop"
+
+
+def test_only_the_last_round_of_a_users_plan_may_end_in_eos(tiny_model):
+    rounds = user_plan(TAGS, [2], [2])
+    rounds[0][-1] = TAGS.eos
+    engine = make_engine(tiny_model, TAGS)
+    with pytest.raises(ValueError, match="plan: round 1: expected sync at its end"):
+        engine.add("x", PROMPT, GenerationParams(), rounds)
+
+
+def test_pinned_requests_take_all_their_pages_at_once(tiny_model):
+    """Else two of them could each wait for pages of the other, and neither would ever end."""
+    blocks = GenerationParams(mode="fast_dllm", max_tokens=100, block_len=30)
+    frozen = GenerationParams(max_tokens=100, kv_commit="published")
+    cases = [Case(PROMPT, blocks), Case(PROMPT, frozen, user_plan(TAGS, [9, 9], [9])),
+             Case(PROMPT, blocks)]  # fmt: skip
+    alone = answer_alone(tiny_model, TAGS, cases)
+    engine = make_engine(tiny_model, TAGS, kv_cache_tokens=176)
+    for output, expected in zip(answer(engine, cases), alone, strict=True):
+        assert output.token_ids == expected.token_ids
+
+
+def overshooting() -> GenerationParams:
+    return GenerationParams(compat="published", temperature=0, max_tokens=40)
+
+
+def test_overshooting_spans_wait_for_pages_like_others(tiny_model):
+    """As published, four spans of 18 run though only 40 tokens of the answer are kept."""
+    plan = user_plan(TAGS, [9, 9, 9, 9])
+    case = Case(PROMPT, overshooting(), plan)
+    [alone] = answer_alone(tiny_model, TAGS, [case])
+    assert alone.finish_reason == "length"
+    assert len(alone.token_ids) == 40
+    company = Case(PROMPT, GenerationParams(mode="diffusion", max_tokens=60))
+    engine = make_engine(tiny_model, TAGS, kv_cache_tokens=160)
+    together = answer(engine, [case, company])
+    assert together[0].token_ids == alone.token_ids
+    assert together[1].finish_reason == "stop"
+
+
+def test_plans_that_overshoot_one_another_end_one_by_one(tiny_model, monkeypatch):
+    """Each waits for what the others hold, and none can give any back: the last one gives way."""
+    plan = user_plan(TAGS, [9, 9, 9, 9])[0]
+    engine = make_engine(tiny_model, TAGS, kv_cache_tokens=160, draft_plan=False)
+    write_next = engine.runner._write_next
+
+    def scripted(hidden, rows):
+        write_next(hidden, rows)
+        for row in rows:
+            row.predicted.token_ids[-1] = plan[len(row.request.token_ids) - len(PROMPT)]
+
+    monkeypatch.setattr(engine.runner, "_write_next", scripted)
+    outputs = answer(engine, [Case(PROMPT, overshooting())] * 3)
+    assert [output.finish_reason for output in outputs].count("length") >= 1
+    for output in outputs:
+        assert output.finish_reason == "length" or "overshoot to" in str(output.error)

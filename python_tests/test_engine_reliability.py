@@ -101,7 +101,7 @@ def test_thousands_of_cancelled_requests_leak_no_page(tiny_model, tiny_tags, con
     engine.check_integrity()
     assert not engine.has_work
     assert engine.allocator.num_free == engine.allocator.num_pages
-    assert min(phases[p] for p in ("waiting", "prefill", "plan", "denoise", "commit")) > 10, phases
+    assert min(phases[p] for p in ("waiting", "prefill", "plan", "denoise", "commit")) > 5, phases
     assert num_finished > 10
 
 

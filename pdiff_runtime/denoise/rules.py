@@ -22,7 +22,7 @@ class Progress:
         num_masked: Masks it has left.
         step_idx: Steps it has seen.
         num_steps: Steps the schedule has planned for it.
-        carry: What the last step's quota left unwritten.
+        carry: What the last step's quota left unwritten; 0 where steps are launched ahead.
     """
 
     num_masked: int
@@ -43,8 +43,15 @@ class UnmaskRule:
     kernel_rule: ops.Rule
     needs_threshold: bool = False
 
-    has_fixed_quota = True
-    """Whether quotas are known without reading what earlier steps wrote."""
+    @property
+    def has_fixed_quota(self) -> bool:
+        """Whether a step writes all of its quota, so that further quotas are known ahead."""
+        return self.kernel_rule in (ops.Rule.ENTROPY, ops.Rule.PROBABILITY, ops.Rule.MARGIN)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before it is known what the last one has written."""
+        return self.has_fixed_quota
 
     def quota(self, at: Progress) -> int:
         """How many positions the step writes at most."""
@@ -65,7 +72,9 @@ class RandomOrder(UnmaskRule):
 class UntilUncertain(UnmaskRule):
     """No schedule: a step writes until the kernel's rule stops, at least one position."""
 
-    has_fixed_quota = False
+    @property
+    def runs_ahead(self) -> bool:
+        return True  # any number from that of the masks on is as good
 
     def quota(self, at: Progress) -> int:
         return at.num_masked
@@ -76,8 +85,6 @@ class CarriedQuota(UnmaskRule):
 
     The published carry may exceed the span, which crashes there; here the masks bound it.
     """
-
-    has_fixed_quota = False
 
     def quota(self, at: Progress) -> int:
         steps_left = at.num_steps - at.step_idx

@@ -96,7 +96,8 @@ class DenoiseLoop:
         requests = [work.request for work in works]
         return (
             len({(r.rule, r.span_kind) for r in requests}) == 1
-            and requests[0].span_kind is not SpanKind.PUBLISHED
+            and requests[0].rule.runs_ahead
+            and requests[0].span_kind is not SpanKind.PUBLISHED  # a mask may be written there
             and not any(r.params.logprobs for r in requests)
             and all(w.spans and not w.context for w in works)
             and all(span.is_steady for work in works for span in work.spans)

@@ -51,7 +51,6 @@ from pdiff_runtime.plan import (
     PlanError,
     PlanGrammar,
     parse_plan,
-    published_text,
     visible_text,
 )
 from pdiff_runtime.plan.control_tokens import MISSING
@@ -350,7 +349,7 @@ class Engine:
                 # The others of the half are as they were before the step, and try again.
                 largest = max(half, key=lambda work: work.num_rows)
                 failure = OutOfMemoryError(f"a forward of {largest.num_rows} rows: {error}")
-                largest.request.finish("error", error=failure)
+                largest.request.fail(failure)
         return done
 
     def _advance(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
@@ -359,8 +358,7 @@ class Engine:
         if predicted.is_nan:
             # Its pages may hold what is no number; nobody else shall ever read that.
             self.runner.cache.clear(request.private_pages())
-            error = BadLogitsError("the model's logits are not numbers")
-            request.finish("error", error=error)
+            request.fail(BadLogitsError("the model's logits are not numbers"))
             return
         self._announce(request, events)
         if work.spans:
@@ -416,16 +414,14 @@ class Engine:
             request.finish(reason)
         self.scheduler.remove([request])
         del self._requests[request.request_id]
+        self._announce(request, events)
         self._tell(request, events)
         events.append(Finished(request.request_id, self._output(request)))
 
     def _output(self, request: Request) -> RequestOutput:
         assert request.finish_reason is not None
         answer = request.token_ids[request.prompt_len :]
-        if request.is_published:
-            text = published_text(self.decode(answer))
-        else:
-            text = visible_text(answer, self.tags, self.decode)
+        text = visible_text(answer, self.tags, self.decode)
         if request.reader is not None and request.reader.is_stopped:
             text = request.reader.text
         logprobs = None
@@ -497,8 +493,10 @@ class Engine:
                 raise ValueError(f"plan: round {round_idx + 1}: {error}") from error
             if not topics:
                 raise ValueError(f"plan: round {round_idx + 1}: expected a topic, got none")
-            if plan[-1] not in (self.tags.sync, self.tags.eos):
-                raise ValueError(f"plan: round {round_idx + 1}: expected sync or eos at its end")
+            is_last = round_idx + 1 == len(user_rounds)
+            if plan[-1] != self.tags.sync and not (is_last and plan[-1] == self.tags.eos):
+                expected = "sync or eos" if is_last else "sync"
+                raise ValueError(f"plan: round {round_idx + 1}: expected {expected} at its end")
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         vocab_size = self.model.config.vocab_size

@@ -16,7 +16,8 @@ class Round:
 
     Attributes:
         topics: The words of each topic.
-        lengths: Content tokens of each span, in the order of the topics.
+        lengths: Content tokens of each span, in the order of the topics; the last topics have none
+            where ``max_tokens`` left no room for them.
         spans: The text of each span, pads removed.
         num_steps: Forwards in which spans were denoised; more than the longest span's steps where
             spans run in waves.

@@ -109,7 +109,8 @@ class GenerationParams:
         num_steps: Steps of a round or block, in place of `steps_ratio`.
         threshold: Probability from which "confidence_threshold" writes a position; the f of
             "factor", which writes the n surest while (n + 1) (1 - p_n) < f; the nats that
-            "entropy_budget" lets the positions of a step have, without the last one's.
+            "entropy_budget" lets the positions of a step have, without the last one's. Without
+            `unmask` it means "confidence_threshold".
         alg_temp: Temperature of the order of positions; 0 takes the most certain first.
         length_scale: Tokens per unit of a topic's number; None: the model's own unit.
         block_len: Tokens of a block in mode "fast_dllm".
@@ -189,6 +190,8 @@ class GenerationParams:
         _expect_int("block_len", self.block_len, 1, MAX_TOKENS_LIMIT)
         _expect_one_of("block_cache", self.block_cache, ("prefix", "dual", "off"))
         if self.mode == "skeleton":
+            _expect(self.kv_commit != "published", "kv_commit", "'clean' in mode 'skeleton'",
+                    self.kv_commit)  # fmt: skip
             _expect(self.isolate_spans is True, "isolate_spans", "True in mode 'skeleton'",
                     self.isolate_spans)  # fmt: skip
         _expect(self.kv_commit in (None, "clean", "published"), "kv_commit",
@@ -203,7 +206,8 @@ class GenerationParams:
     def resolved(self) -> GenerationParams:
         """The same with the defaults of its mode where it says None; a seed is not drawn."""
         is_published = self.compat == "published"
-        rule = "confidence_threshold" if self.mode == "fast_dllm" else "entropy"
+        has_threshold = self.mode == "fast_dllm" or self.threshold is not None
+        rule = "confidence_threshold" if has_threshold else "entropy"
         temperature, top_k = (1.0, 50) if is_published else (0.0, 0)
         threshold = self.threshold
         if self.unmask is None and RULES[rule].needs_threshold and threshold is None:

@@ -3,8 +3,8 @@
 A request is a state machine over its tokens. Positions ``[0, computed)`` have their final keys and
 values in its pages; what follows up to :attr:`Request.context_end` is still to be forwarded, in
 chunks as they fit; behind it are either a token to be written or open spans. Losing the pages
-therefore loses nothing but time: `computed` goes back to 0. (Not with ``kv_commit="published"``,
-whose frozen keys nothing could compute again: such a request keeps its pages.)
+therefore loses nothing but time: `computed` goes back to 0. (Not where keys and values are those of
+an earlier step, with ``kv_commit="published"`` or a block cache: such a request keeps its pages.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pdiff_runtime.cache import OutOfPagesError, PageAllocator, PageTable
+from pdiff_runtime.cache import PageAllocator, PageTable
 from pdiff_runtime.denoise import PUBLISHED_RULES, RULES, UnmaskRule, num_steps
 from pdiff_runtime.engine.errors import GenerationError, InvalidPlanError, OutOfMemoryError
 from pdiff_runtime.engine.output import FinishReason, Usage
@@ -248,7 +248,7 @@ class Request:
         elif self.is_canvas:
             self._open_canvas()
         else:
-            self._open_spans([], [max(0, self.remaining - 2)])
+            self._open_spans([], [max(1, self.remaining - 2)])
 
     # --- where it stands ---
 
@@ -265,8 +265,9 @@ class Request:
     def is_pinned(self) -> bool:
         """Its keys and values can not be computed again, so its pages are never taken."""
         params = self.params
+        keeps_spans = params.mode == "planned" and params.kv_commit == "published"
         keeps_blocks = params.mode == "fast_dllm" and params.block_cache != "off"
-        return params.kv_commit == "published" or keeps_blocks
+        return keeps_spans or keeps_blocks
 
     @property
     def _is_one_span(self) -> bool:
@@ -484,12 +485,9 @@ class Request:
             self._close_plan(continues=False, is_cut=True)
 
     def implied_writes(self, spans: Sequence[Span], writes: Sequence[Write]) -> list[Write]:
-        """What follows from a step's writes: a branch that has come to its pads says no more."""
-        if self.params.mode != "skeleton":
-            return []
-        ended = {write.position for write in writes if write.token_id == self.tags.pad}
-        behind = [p for span in spans if span.masked[0] in ended for p in span.masked[1:]]
-        return [Write(position, self.tags.pad) for position in behind]
+        """What follows from the writes of a step."""
+        written, pad = {write.position: write.token_id for write in writes}, self.tags.pad
+        return [Write(p, pad) for span in spans for p in span.implied_pads(written, pad)]
 
     def accept_denoised(self, spans: Sequence[Span], writes: Sequence[Write]) -> list[int]:
         """One denoising step of ``spans``; returns which spans of the round have become full."""
@@ -516,7 +514,10 @@ class Request:
         plan_round.num_steps += 1
         if self._read_on():
             return full
-        if not any(span.masked for span in plan_round.spans) or self._ends_at_eos():
+        if self._ends_at_eos():
+            self._close_round()
+            return [0]
+        if not any(span.masked for span in plan_round.spans):
             self._close_round()
         elif full and (kept := self._kept()) is not None:
             self.pages.drop_all_but(kept, plan_round.lo)
@@ -628,8 +629,7 @@ class Request:
         self._is_denoising = True
         self._is_cut = is_cut
         if self.is_published and (error := self._published_failure()) is not None:
-            self.cut(spans[0].lo)
-            self.finish("error", error=error)
+            self.fail(error)
             return
         longest = max((len(span.masked) for span in spans), default=0)
         if self.params.mode == "fast_dllm":
@@ -640,25 +640,20 @@ class Request:
             self._close_round()
 
     def _published_failure(self) -> GenerationError | None:
-        """Why a round cannot run that the published implementation would let overshoot, or crash.
-
-        Pages for what overshoots are taken here, as nothing can be taken back later.
-        """
+        """Why a round cannot run in which the published implementation crashes, or overshoots."""
         longest = max(len(span.masked) for span in self.open_round.spans)
         if self.params.num_steps is None and int(longest * self.params.steps_ratio) < 1:
             return InvalidPlanError(
                 f"steps_ratio: the longest span has {longest} tokens, and so no step at "
                 f"steps_ratio={self.params.steps_ratio}"
             )
+        if len(self.token_ids) > self.limits.max_len:
+            return self.overshoot_error()
+        return None
+
+    def overshoot_error(self) -> GenerationError:
+        """For spans that go beyond ``max_tokens``, as published, and for which there is no room."""
         num_tokens = len(self.token_ids)
-        has_room = num_tokens <= self.limits.max_len
-        if has_room and self.is_running and self.is_pinned and self.remaining < 0:
-            try:
-                self.pages.grow(num_tokens)
-            except OutOfPagesError:
-                has_room = False
-        if has_room:
-            return None
         return OutOfMemoryError(f"the plan's spans overshoot to {num_tokens} tokens: no room")
 
     def _close_round(self) -> None:
@@ -732,6 +727,11 @@ class Request:
         if self._is_denoising:
             self._is_denoising = False
             self.usage.critical_path += max((s.step_idx for s in self.open_round.spans), default=0)
+
+    def fail(self, error: GenerationError) -> None:
+        """End with what is final."""
+        self.cut()
+        self.finish("error", error=error)
 
     def finish(self, reason: FinishReason, *, error: GenerationError | None = None) -> None:
         """End the request and give its pages back."""

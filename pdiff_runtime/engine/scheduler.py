@@ -21,7 +21,8 @@ from collections.abc import Iterable
 
 from pdiff_runtime.cache import OutOfPagesError, PageAllocator
 from pdiff_runtime.engine.params import EngineConfig
-from pdiff_runtime.engine.request import Request, Span, Work, count_rows
+from pdiff_runtime.engine.request import Request, Work, count_rows
+from pdiff_runtime.engine.span import Span
 
 
 class Scheduler:
@@ -72,7 +73,16 @@ class Scheduler:
                 self._take_context(request, batch)
             if request.is_running and batch.context_end(request) == request.context_end:
                 self._start_spans(request, batch)
+        if self.running and not batch.works:
+            self._end_a_deadlock()
         return list(batch.works.values())
+
+    def _end_a_deadlock(self) -> None:
+        """All that run wait for pages of others that can not give any back: the last one ends."""
+        for request in reversed(self.running):
+            if request.is_pinned:
+                request.fail(request.overshoot_error())
+                return
 
     def _admit(self) -> None:
         """Start waiting requests for which there is room beside what the running ones will take."""

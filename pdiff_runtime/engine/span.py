@@ -7,7 +7,7 @@ written token by token (skeleton-of-thought). All of them run in the same batche
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from pdiff_runtime.denoise import Progress
@@ -73,6 +73,10 @@ class Span:
         """These positions have their tokens."""
         self.masked = [p for p in self.masked if p not in positions]
 
+    def implied_pads(self, written: Mapping[int, int], pad: int) -> list[int]:
+        """Masked positions that hold a pad too after a step that has written these tokens."""
+        return []
+
     def lose_pages(self) -> None:
         """What was computed of it is lost."""
         self.is_started = False
@@ -130,7 +134,7 @@ class BlockSpan(Span):
         end = self.block[1]
         super().unmasked(positions)
         if not self.masked or self.masked[0] >= end:
-            self._start_step, self.carry = self.step_idx, 0
+            self._start_step = self.step_idx
 
 
 class BranchSpan(Span):
@@ -163,6 +167,10 @@ class BranchSpan(Span):
     def stepped(self, num_written: int, quota: int) -> None:
         self.computed = self.masked[0]
         super().stepped(num_written, quota)
+
+    def implied_pads(self, written: Mapping[int, int], pad: int) -> list[int]:
+        """A branch that has come to its pads says no more."""
+        return self.masked[1:] if written.get(self.masked[0]) == pad else []
 
     def lose_pages(self) -> None:
         super().lose_pages()
