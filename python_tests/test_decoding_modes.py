@@ -25,6 +25,7 @@ from torch import Tensor
 from pdiff_runtime import ControlTokens, Decoder, GenerationParams
 from pdiff_runtime.denoise import RULES, num_steps, num_unmask
 from pdiff_runtime.engine import PlanReady, SpanDone, Text
+from pdiff_runtime.engine.span import Span
 from pdiff_runtime.models import ModelConfig
 from pdiff_runtime.models.attention import rotate
 from pdiff_runtime.plan.control_tokens import MISSING
@@ -563,16 +564,16 @@ def test_pinned_requests_take_all_their_pages_at_once(tiny_model):
     """Else two of them could each wait for pages of the other, and neither would ever end."""
     blocks = GenerationParams(mode="fast_dllm", max_tokens=100, block_len=30)
     frozen = GenerationParams(max_tokens=100, kv_commit="published")
-    cases = [Case(PROMPT, blocks), Case(PROMPT, frozen, user_plan(TAGS, [9, 9], [9])),
-             Case(PROMPT, blocks)]  # fmt: skip
+    plan = user_plan(TAGS, [9, 9], [9])
+    cases = [Case(PROMPT, frozen, plan), Case(PROMPT, frozen, plan), Case(PROMPT, blocks)]
     alone = answer_alone(tiny_model, TAGS, cases)
-    engine = make_engine(tiny_model, TAGS, kv_cache_tokens=176)
+    engine = make_engine(tiny_model, TAGS, kv_cache_tokens=144)
     for output, expected in zip(answer(engine, cases), alone, strict=True):
         assert output.token_ids == expected.token_ids
 
 
-def overshooting() -> GenerationParams:
-    return GenerationParams(compat="published", temperature=0, max_tokens=40)
+def overshooting(**fields: object) -> GenerationParams:
+    return GenerationParams(compat="published", temperature=0, max_tokens=40, **fields)
 
 
 def test_overshooting_spans_wait_for_pages_like_others(tiny_model):
@@ -601,7 +602,15 @@ def test_plans_that_overshoot_one_another_end_one_by_one(tiny_model, monkeypatch
             row.predicted.token_ids[-1] = plan[len(row.request.token_ids) - len(PROMPT)]
 
     monkeypatch.setattr(engine.runner, "_write_next", scripted)
-    outputs = answer(engine, [Case(PROMPT, overshooting())] * 3)
-    assert [output.finish_reason for output in outputs].count("length") >= 1
-    for output in outputs:
-        assert output.finish_reason == "length" or "overshoot to" in str(output.error)
+    joint = Case(PROMPT, overshooting(isolate_spans=False))  # all of its spans or none
+    first, second, third = answer(engine, [joint] * 3)
+    assert first.finish_reason == second.finish_reason == "length"
+    assert first.token_ids == second.token_ids
+    assert "overshoot to" in str(third.error)
+
+
+def test_a_carry_is_what_the_last_step_alone_has_left():
+    span = Span(0, 12, (1, 11))
+    for num_written, quota, carry in ((1, 3, 2), (2, 5, 3), (4, 4, 0)):
+        span.stepped(num_written, quota)
+        assert span.progress.carry == carry

@@ -82,6 +82,7 @@ class Scheduler:
         for request in reversed(self.running):
             if request.is_pinned:
                 request.fail(request.overshoot_error())
+                self.remove([request])
                 return
 
     def _admit(self) -> None:
