@@ -22,10 +22,11 @@ from pdiff_runtime.ops import AttentionPlan
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("qwen2", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama")
 SHAPE = {
     "vocab_size": 58, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 512,
+    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
+    "max_position_embeddings": 512,
     "length_unit": 2, "bos_token_id": None, "eos_token_id": 57, "pad_token_id": 56,
 }  # fmt: skip
 HEADS = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 8}
@@ -286,7 +287,7 @@ def test_models_that_need_more_are_refused(fields, name):
 
 def test_soft_caps_are_refused():
     config = transformers.AutoConfig.for_model(
-        "gemma2", **SHAPE, head_dim=8, layer_types=["full_attention"] * 2
+        "gemma2", **SHAPE, layer_types=["full_attention"] * 2
     )
     pdiff_runtime.register_hf()
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="pdiff")
@@ -557,8 +558,8 @@ def test_a_prompt_with_control_tokens_is_refused(model, tiny_tags):
 
 
 def test_models_with_other_parameters_are_refused(tiny_tags):
-    model = make_model("llama", mlp_bias=True)
-    with pytest.raises(ValueError, match=r"6 that are missing.*mlp.down_proj.bias"):
+    model = make_model("llama", attention_bias=True)
+    with pytest.raises(ValueError, match=r"2 that are missing.*self_attn.o_proj.bias"):
         planned(model, random_ids(1, 4), tiny_tags)
     model = make_model("llama")
     model.model.norm.to(torch.bfloat16)
