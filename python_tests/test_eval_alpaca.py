@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 from pdiff_runtime import LLM, GenerationParams, RequestOutput
 from pdiff_runtime.engine import GenerationError, Usage
 from pdiff_runtime.eval.alpaca import Prompt, answer_prompts, package_file, read_prompts, readable
-from pdiff_runtime.eval.files import write_json
+from pdiff_runtime.eval.files import prepare, write_json
 from pdiff_runtime.serve.cli import cli
 
 PERU, TOGO = "Tell me about Peru: capital and climate.", "Capital of Togo?"
@@ -104,6 +105,32 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     with pytest.raises(OSError):
         write_json(folder, {})
     assert sorted(tmp_path.iterdir()) == [file, folder]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(ValueError, match=f"out: expected a file, got '{path}'"):
+            prepare(path)
+    assert pipe.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("a.json")
+    prepare(link)
+    write_json(link, {"new": 1})
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"new": 1}
+
+
+def test_a_name_too_long_to_write_beside_is_refused_at_once(tmp_path):
+    with pytest.raises(OSError, match="too long"):
+        prepare(tmp_path / ("x" * 250))
+    assert not list(tmp_path.iterdir())
 
 
 # --- failures ------------------------------------------------------------------------------------
@@ -202,6 +229,17 @@ def test_where_nothing_can_be_answered_nothing_is_written(tmp_path):
     result = run("--prompts", file, "--out", tmp_path / "a.json", "--max-tokens", 10_000)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: max_tokens: a prompt of")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.usage.json"])
+def test_answers_never_replace_the_prompts(tmp_path, name):
+    file = prompt_file(tmp_path, PERU).rename(tmp_path / name)
+    before = file.read_bytes()
+    result = run("--prompts", file, "--out", tmp_path / "prompts.json")
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: --out: {file} would replace the prompts\n"
+    assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -8,24 +8,33 @@ from pathlib import Path
 
 
 def prepare(path: Path) -> None:
-    """Make the folder of a result file, before hours go into what comes into it.
+    """Make sure that a result file can be written, before hours go into what comes into it.
 
     Raises:
-        OSError: It can not be made or not be written to.
-        ValueError: The file has no name.
+        OSError: Its folder can not be made or not be written to, or its name is too long.
+        ValueError: It has no name, or something lies there that is no file.
     """
     if not path.name:
         raise ValueError(f"out: expected the name of a file, got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(13, "no permission to write there", str(path.parent))
+    file, part = _places(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"out: expected a file, got {str(path)!r}, a folder or a device")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    part.unlink()
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file in one go: whoever reads meanwhile sees the old one or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    file, part = _places(path)
     try:
         part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-        part.replace(path)
+        part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """The file, behind all links, and the one beside it that is renamed to it when complete."""
+    file = Path(os.path.realpath(path))
+    return file, file.with_name(f".{file.name}.{os.getpid()}.part")

@@ -265,7 +265,10 @@ def alpaca(
     file = package_file() if prompts == "package" else Path(prompts)
     chosen = read_prompts(file)[:limit]
     usage_out = out.with_suffix(".usage.json")
-    prepare(out)
+    for each in (out, usage_out):
+        if each.resolve() == file.resolve():
+            raise ValueError(f"--out: {each} would replace the prompts")
+        prepare(each)
     llm, params = load(**options)
     answered = answer_prompts(llm, chosen, params, batch=batch, progress=sys.stderr.isatty())
     header = _header(llm, params, options["model"], batch)
