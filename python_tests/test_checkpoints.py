@@ -288,10 +288,23 @@ def test_old_rotary_buffers_and_a_tied_heads_copy_are_left_out(tmp_path):
     save_model(model, tmp_path, dtype=torch.float32)
     file = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    tensors["lm_head.weight"] = torch.zeros(50, 32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     safetensors.torch.save_file(tensors, file)
     again = load_model(tmp_path, dtype=torch.float32)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_head_that_differs_is_not_tied(tmp_path):
+    model = Decoder(shape())
+    spread(model)
+    save_model(model, tmp_path, dtype=torch.float32)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.warns(UserWarning, match="ignored, since lm_head.weight differs"):
+        again = load_model(tmp_path, dtype=torch.float32)
+    assert again.config == model.config
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,13 @@ def load_model(
         raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
     checkpoint = resolve_checkpoint(path_or_hub_id, revision=revision)
     config, weights, name_of = _open(checkpoint)
+    if config.tie_word_embeddings and _has_own_head(weights, name_of, dtype):
+        warnings.warn(
+            f"model: tie_word_embeddings in {checkpoint} is ignored, since "
+            f"{name_of('lm_head.weight')} differs from the embedding",
+            stacklevel=2,
+        )
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = Decoder(config)
     _check_tensors(checkpoint, model, weights, name_of)
@@ -146,6 +154,15 @@ def _open(checkpoint: Path) -> tuple[ModelConfig, Weights, TensorNames]:
         raise ValueError(f"model: no config.json in {checkpoint}, nor one GGUF file alone")
     config = ModelConfig.from_file(config_file)
     return config, SafetensorsFolder(checkpoint), names_of(config.model_type)
+
+
+def _has_own_head(weights: Weights, name_of: TensorNames, dtype: torch.dtype) -> bool:
+    """Whether there is a head that differs from the embedding."""
+    names = name_of("lm_head.weight"), name_of("model.embed_tokens.weight")
+    if not weights.shapes.keys() >= set(names):
+        return False
+    head, embedding = (weights.read(name).to(dtype) for name in names)
+    return not torch.equal(head, embedding)
 
 
 def _check_tensors(
