@@ -58,9 +58,9 @@ def spread(model: torch.nn.Module) -> None:
             parameter.data.add_(1.0)
 
 
-LLAMA3_ROPE = {
+LLAMA3_ROPE = {  # the 4 frequencies are kept, interpolated, interpolated, and divided
     "rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
@@ -244,6 +244,30 @@ def test_dream_comes_as_published():
         head_dim=128, intermediate_size=18944, rope_theta=1e6, qkv_bias=True, max_position=131072,
         full_attention=True, model_type="Dream",
     )  # fmt: skip
+
+
+def test_silent_configs_mean_what_their_family_does():
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }  # fmt: skip
+    assert ModelConfig.from_hf({"model_type": "qwen3", **sizes}).head_dim == 128
+    assert ModelConfig.from_hf({"model_type": "qwen2", **sizes}).head_dim == 8
+    silent = {"rms_norm_eps": None, "weight_tying": None}
+    llada = ModelConfig.from_hf({**LLADA_CONFIG, **silent})
+    assert (llada.rms_norm_eps, llada.tie_word_embeddings) == (1e-5, True)
+
+
+def test_where_a_config_says_its_rope():
+    fields = shape(rope_theta=20.0).to_hf()
+    assert ModelConfig.from_hf(fields).rope_theta == 20.0
+    for key in ("rope_parameters", "rope_scaling"):
+        assert ModelConfig.from_hf({**fields, key: {"rope_theta": 30.0}}).rope_theta == 30.0
+    both = {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {**LLAMA3_ROPE, "type": "llama3"}}
+    config = ModelConfig.from_hf({**fields, **both})
+    assert config.rope_theta == 50.0
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.factor == 8.0
 
 
 # --- where checkpoints lie -----------------------------------------------------------------------

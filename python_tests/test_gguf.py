@@ -190,6 +190,8 @@ def test_how_words_are_cut(tmp_path):
     [
         ({"llama.expert_count": 8}, "llama.expert_count: expected 0, got 8"),
         ({"llama.rope.scaling.type": "linear"}, "rope.scaling.type: expected 'none'"),
+        ({"llama.rope.scaling.factor": 2}, "rope.scaling.factor: expected 1.0, got 2"),
+        ({"llama.rope.scale_linear": 2}, "rope.scale_linear: expected 1.0, got 2"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count: expected 8"),
         ({"llama.attention.sliding_window": 16}, "sliding_window: expected 0, got 16"),
     ],

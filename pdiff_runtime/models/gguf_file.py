@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pdiff_runtime.models.config import ModelConfig
 from pdiff_runtime.models.gguf_header import DamagedError, read_header
+from pdiff_runtime.models.hf_config import shown
 
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
@@ -79,13 +80,17 @@ class GgufFile:
             raise ValueError(
                 f"general.architecture: expected one of {', '.join(_MODEL_TYPES)}, got {arch!r}"
             )
-        for key in ("expert_count", "attention.sliding_window", "attention.value_length"):
-            expected = self._get("attention.key_length", 0) if key.endswith("value_length") else 0
-            if self._get(key, expected) != expected:
-                raise ValueError(f"{arch}.{key}: expected {expected}, got {self._get(key, 0)!r}")
-        scaling = self._get("rope.scaling.type", "none")
-        if scaling != "none":
-            raise ValueError(f"{arch}.rope.scaling.type: expected 'none', got {scaling!r}")
+        fixed = {
+            "expert_count": 0,
+            "attention.sliding_window": 0,
+            "attention.value_length": self._get("attention.key_length", 0),
+            "rope.scaling.type": "none",
+            "rope.scaling.factor": 1.0,
+            "rope.scale_linear": 1.0,
+        }
+        for key, expected in fixed.items():
+            if (value := self._get(key, expected)) != expected:
+                raise ValueError(f"{arch}.{key}: expected {expected!r}, got {shown(value)}")
         hidden_size, num_heads = self._size("embedding_length"), self._size("attention.head_count")
         head_dim = self._get("attention.key_length", hidden_size // num_heads)
         if self._get("rope.dimension_count", head_dim) != head_dim:

@@ -228,23 +228,38 @@ def _warn_of_unread(fields: Mapping[str, Any], family: Family) -> None:
 
 
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    """What newer configs say under ``rope_parameters``, older ones under ``rope_scaling``."""
+    stated = [
+        _rope_of(key, fields[key], fields.get("rope_theta"))
+        for key in ("rope_parameters", "rope_scaling")
+        if fields.get(key)
+    ]
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise ValueError("rope_parameters, rope_scaling: expected two that agree, or one of them")
+    return stated[0] if stated else _rope_of("rope_parameters", {}, fields.get("rope_theta"))
+
+
+def _rope_of(key: str, rope: Any, theta: Any) -> dict[str, Any]:
+    """One of the two objects; ``theta`` is the ``rope_theta`` beside it."""
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling: expected an object, got {shown(rope)}")
+        raise ValueError(f"{key}: expected an object, got {shown(rope)}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise ValueError(
-            f"rope_scaling: expected type 'default' or 'llama3', got {shown(rope_type)}"
-        )
+        raise ValueError(f"{key}: expected type 'default' or 'llama3', got {shown(rope_type)}")
     _check("partial_rotary_factor", rope.get("partial_rotary_factor"), (None, 1.0))
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    theta = rope.get("rope_theta", theta)
     values = {} if theta is None else {"rope_theta": theta}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if rope_type == "llama3":
-        missing = [key for key in _LLAMA3_KEYS.values() if key not in rope]
+        known |= set(_LLAMA3_KEYS.values())
+        missing = [name for name in _LLAMA3_KEYS.values() if name not in rope]
         if missing:
-            raise ValueError(f"rope_scaling: missing {', '.join(missing)}")
-        scaling = {field: rope[key] for field, key in _LLAMA3_KEYS.items()}
+            raise ValueError(f"{key}: missing {', '.join(missing)}")
+        scaling = {field: rope[name] for field, name in _LLAMA3_KEYS.items()}
         values["rope_scaling"] = Llama3Scaling(**scaling)
+    unknown = [name for name in rope if name not in known and rope[name] is not None]
+    if unknown:
+        raise ValueError(f"{key}: type {rope_type!r} takes no {shown(unknown[0])}")
     return values
 
 
