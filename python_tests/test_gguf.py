@@ -41,6 +41,7 @@ def write(
     """A file as llama.cpp's converter writes it."""
     config, arch = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, arch)
+    writer.data_alignment = (metadata or {}).get("general.alignment", writer.data_alignment)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position)
     writer.add_embedding_length(config.hidden_size)
@@ -110,6 +111,13 @@ def test_quantised_tensors(kind, tolerance, tmp_path):
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
+
+
+def test_data_are_aligned_as_the_file_says(tmp_path):
+    model = random_model()
+    path = write(tmp_path / "m.gguf", model, metadata={"general.alignment": 4096})
+    ours = load_model(path, dtype=torch.float32)
+    assert torch.equal(ours.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.fixture
@@ -266,6 +274,16 @@ def test_damaged_files(damage, whole):
     with pytest.raises(ValueError, match="truncated or damaged") as error:
         load_model(whole)
     assert len(str(error.value)) < 500
+
+
+def test_arrays_that_would_fill_the_memory(whole):
+    data = whole.read_bytes()
+    half = struct.pack("<IIQ", 9, 0, 1 << 21) + bytes(1 << 21)  # an array of small integers
+    (num_keys,) = struct.unpack("<Q", data[16:24])
+    more = string("a") + half + string("b") + half
+    whole.write_bytes(data[:16] + struct.pack("<Q", num_keys + 2) + more + data[24:])
+    with pytest.raises(ValueError, match="expected arrays of 4194304 items in all, got more"):
+        load_model(whole)
 
 
 def test_truncated_files(whole):

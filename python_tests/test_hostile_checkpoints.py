@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import warnings
 from collections.abc import Callable
@@ -302,6 +303,14 @@ def test_a_shard_that_lacks_what_the_index_says(folder):
     refused(folder, f"missing {NORM}")
 
 
+def test_a_single_file_goes_before_an_index(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    shard(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    write_index(folder, {HEAD: "part-7.safetensors"})
+    load_model(folder)
+
+
 def test_a_tensor_in_two_shards(folder):
     shard(folder)
     for part in ("part-0.safetensors", "part-1.safetensors"):
@@ -336,10 +345,43 @@ def test_links_within_the_folder_and_to_it(folder):
     load_model(link)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_to_nothing_and_to_a_folder(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nothing")
+    with pytest.raises(ValueError, match=f"expected a file at .*{name}"):
+        LLM(folder)
+    (folder / "nothing").mkdir()
+    with pytest.raises(ValueError, match=f"expected a file at .*{name}"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("target", ["/no/such/file", "/dev/zero"])
+def test_links_out_of_the_folder_to_no_file(folder, target):
+    (folder / "model.safetensors.index.json").symlink_to(target)
+    refused(folder, "index.json is a link that leads out of its folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_without_permission(folder, name):
+    (folder / name).chmod(0)
+    refused(folder, f"{name}.*Permission denied")
+
+
 def test_links_in_a_circle(folder):
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to("config.json")
     refused(folder, "cannot look for 'config.json'|no config.json")
+
+
+def test_only_a_snapshot_of_the_hubs_cache_has_a_repository(folder, tmp_path):
+    snapshot = tmp_path / "name" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot / "config.json").rename(tmp_path / "name" / "config.json")
+    (snapshot / "config.json").symlink_to("../../config.json")
+    refused(snapshot, "is a link that leads out of its folder")
 
 
 def test_a_snapshot_may_not_leave_its_repository(folder, tmp_path):

@@ -15,20 +15,24 @@ def find_file(folder: Path, name: str) -> Path | None:
     The hub's cache keeps a checkpoint as links into the ``blobs`` beside it; these are followed.
 
     Raises:
-        ValueError: The name has a folder in it, cannot be looked up, or is a link that leads out of
-            the checkpoint.
+        ValueError: The name has a folder in it, cannot be looked up, is a link that leads out of
+            the checkpoint, or is there but no file: a device, say, or a link to nothing.
     """
     if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
         raise ValueError(f"model: expected the name of a file in {folder}, got {name[:80]!r}")
     try:
+        (folder / name).lstat()
         file = (folder / name).resolve()
-        if not file.is_file():
-            return None
+        is_file = file.is_file()
+    except FileNotFoundError:
+        return None
     except (OSError, RuntimeError) as error:  # a name too long, links in a circle
         reason = getattr(error, "strerror", None) or "links in a circle"
         raise ValueError(f"model: cannot look for {name[:80]!r} in {folder} ({reason})") from error
     if not file.is_relative_to(_root(folder.resolve())):
         raise ValueError(f"model: {folder / name} is a link that leads out of its folder")
+    if not is_file:
+        raise ValueError(f"model: expected a file at {folder / name}")
     return file
 
 
@@ -43,21 +47,23 @@ def read_text(file: Path) -> str:
     """A file's text.
 
     Raises:
-        ValueError: Too large, or not UTF-8.
+        ValueError: It cannot be read, is too large, or not UTF-8.
     """
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{file}: expected at most {MAX_JSON_BYTES} bytes of text")
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{file}: expected at most {MAX_JSON_BYTES} bytes of text")
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: Too large, not UTF-8, not JSON, nested too deeply, or no object.
+        ValueError: Unreadable, too large, not UTF-8, not JSON, nested too deeply, or no object.
     """
     text = read_text(file)
     try:

@@ -39,7 +39,9 @@ class GgufFile:
             with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.metadata, self._tensors = read_header(memoryview(self._bytes), self._block_size)
-        except (DamagedError, ValueError, OSError) as error:  # an empty file has no map
+        except OSError as error:
+            raise ValueError(f"model: cannot read {path} ({error.strerror})") from error
+        except (DamagedError, ValueError) as error:  # an empty file has no map
             raise ValueError(f"model: {path} is truncated or damaged ({error})") from error
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.config = self._config()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 _MAX_KEYS, _MAX_TENSORS, _MAX_DIMS, _MAX_ALIGNMENT = 1 << 12, 1 << 16, 4, 1 << 16
+_MAX_ITEMS = 1 << 22  # of all arrays together; those of a vocabulary of 256 Ki have about 1 Mi
 
 # Value type -> its struct format; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
@@ -105,6 +106,7 @@ class _Cursor:
 
     def __init__(self, buffer: memoryview) -> None:
         self._buffer = buffer
+        self._items_left = _MAX_ITEMS
         self.position = 0
 
     @property
@@ -135,6 +137,9 @@ class _Cursor:
     def _array(self, kind: int, count: int) -> list[Any]:
         if count > self.size - self.position:  # an item has a byte at least
             raise DamagedError(f"an array of {count} announced at {self.position}, past its end")
+        self._items_left -= count
+        if self._items_left < 0:
+            raise DamagedError(f"expected arrays of {_MAX_ITEMS} items in all, got more")
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:

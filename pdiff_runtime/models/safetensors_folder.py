@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdiff_runtime.models.files import find_file, read_json
 
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 16 << 20  # some hundred thousand tensors
 _CHUNK_BYTES = 8 << 20
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -96,7 +96,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"model: {path} is truncated or damaged (its header is too long)")
             with safetensors.safe_open(path, "pt"):
                 header = json.loads(file.read(header_bytes))
-    except (safetensors.SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"model: cannot read {path} ({error.strerror})") from error
+    except safetensors.SafetensorError as error:
         raise ValueError(f"model: {path} is truncated or damaged ({error})") from error
     header.pop("__metadata__", None)
     return header, 8 + header_bytes
@@ -104,8 +106,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _file_names(folder: Path) -> list[str]:
     index = find_file(folder, _INDEX)
-    if index is None:
-        return ["model.safetensors"]
+    if index is None or find_file(folder, _SINGLE) is not None:  # the file first, as transformers
+        return [_SINGLE]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"model: {index}: expected files by tensor under 'weight_map'")
