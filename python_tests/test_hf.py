@@ -521,6 +521,8 @@ BAD_CALLS = {
     "beams": ({"num_beams": 2}, "num_beams=2"),
     "lookup": ({"prompt_lookup_num_tokens": 3}, "generation mode"),
     "dictionary": ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+    "another eos": ({"eos_token_id": 3}, r"eos_token_id: expected 57, the eos tag, got \[3\]"),
+    "a second eos": ({"eos_token_id": [57, 3]}, r"eos_token_id: expected 57.* got \[57, 3\]"),
     "penalty": ({"repetition_penalty": 1.2}, "logits_processor.*RepetitionPenalty"),
     "processor": (
         {"logits_processor": [transformers.TemperatureLogitsWarper(0.5)]}, "logits_processor"

@@ -99,6 +99,7 @@ def generate(
     )
     prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))[::num_answers]
     llm = llm_of(model, pdiff_tokenizer, pdiff_tags, pdiff_engine_config)
+    _check_eos(stopping_criteria, llm.tags.eos)
     answers = []
     for output in llm.generate(prompts, params):
         if output.error is not None:
@@ -132,6 +133,15 @@ def _check(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("past_key_values: expected an empty cache, got one with keys")
+
+
+def _check_eos(stopping_criteria: Iterable[Any], eos: int) -> None:
+    """Refuse other tokens that should end an answer, which would be text to us."""
+    for criterion in stopping_criteria:
+        if type(criterion).__name__ == "EosTokenCriteria":
+            token_ids = criterion.eos_token_id.tolist()
+            if set(token_ids) != {eos}:
+                raise ValueError(f"eos_token_id: expected {eos}, the eos tag, got {token_ids}")
 
 
 def _recommended(generation_config: Any) -> GenerationParams:
