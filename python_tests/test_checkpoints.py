@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdiff_runtime import Decoder, SpanLayout, load_model, ops
-from pdiff_runtime.models import ModelConfig, init_weights, save_model
+from pdiff_runtime.models import ModelConfig, init_weights, resolve_checkpoint, save_model
 from pdiff_runtime.models.attention import PackedAttention
 from pdiff_runtime.models.rope import Llama3Scaling
 
@@ -304,6 +305,20 @@ def test_the_hubs_cache_is_read_offline(tmp_path):
     assert lines[0] == "32"
     assert "'owner/other'" in lines[1]
     assert "cannot be fetched" in lines[1]
+
+
+def test_only_files_of_a_checkpoint_are_fetched(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw) or str(tmp_path)
+    )
+    assert resolve_checkpoint("owner/name", revision="v1") == tmp_path
+    names = ["config.json", "model.safetensors", "chat_template.jinja", "model.py", "old.bin",
+             "original/model.safetensors", "onnx/config.json"]  # fmt: skip
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    fetched = huggingface_hub.utils.filter_repo_objects(names, **patterns)
+    assert list(fetched) == names[:3]
+    assert asked["revision"] == "v1"
 
 
 def test_old_rotary_buffers_and_a_tied_heads_copy_are_left_out(tmp_path):

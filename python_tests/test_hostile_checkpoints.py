@@ -57,6 +57,11 @@ def refused(folder: Path, message: str) -> str:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: expected none"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected"),
+        ({"layer_types": ["full_attention"]}, "layer_types: .* for each of 2 layers"),
+        ({"no_rope_layers": [1]}, "no_rope_layers: expected"),
+        ({"logits_scaling": 8.0}, "logits_scaling: expected 1.0, got 8.0"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier: expected none, got 0.5"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config: expect"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias: expected False"),
         ({"num_local_experts": 8}, "num_local_experts: expected"),
@@ -133,9 +138,38 @@ def test_unknown_keys_are_named_and_others_are_not(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(folder)
-    file.write_text(json.dumps(fields | {"no_rope_layers": [1], "wandb": None}))
-    with pytest.warns(UserWarning, match="keys that are not read: no_rope_layers$"):
+    file.write_text(json.dumps(fields | {"my_note": [1], "wandb": None}))
+    with pytest.warns(UserWarning, match="keys that are not read: my_note$"):
         load_model(folder)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "bogus"}, "device: cannot use 'bogus'"),
+        ({"device": "cuda:99"}, "device: cannot use 'cuda:99'"),
+        ({"device": "meta"}, "device: expected one with memory, got 'meta'"),
+        ({"dtype": "float32"}, "dtype: expected torch.bfloat16, .*, got 'float32'"),
+        ({"revision": "main"}, "revision: expected none for .*, got 'main'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, **arguments)
+
+
+def test_a_path_too_long_for_any_folder():
+    with pytest.raises(ValueError, match="model: cannot look for 'xxx.*File name too long"):
+        load_model("x" * 5000)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
+        ModelConfig.from_file(tmp_path / "config.json")
 
 
 # --- safetensors ---------------------------------------------------------------------------------
@@ -413,6 +447,14 @@ def test_a_vocabulary_too_small_for_a_tag(tmp_path):
     assert "sync=" in str(e.value)
 
 
+def test_tags_are_checked_before_weights(tmp_path):
+    bundled_with(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 5}))
+    with pytest.raises(ValueError, match="tags: expected ids below the model's vocab_size=5"):
+        LLM(tmp_path)
+
+
 def test_tags_that_are_missing_or_split(tmp_path):
     bundled_with(tmp_path)
     file = tmp_path / "tokenizer_config.json"
@@ -435,7 +477,7 @@ def test_a_tag_of_several_tokens(tmp_path):
 
 
 def test_a_checkpoint_without_a_tokenizer(folder):
-    with pytest.raises(ValueError, match="expected control tokens where there is no tokenizer"):
+    with pytest.raises(ValueError, match=f"where there is no tokenizer, in {folder}"):
         LLM(folder)
     tags = ControlTokens(
         topic_start=10, topic_end=11, async_start=12, async_end=13, sync=14, mask=15, pad=16,

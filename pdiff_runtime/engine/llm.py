@@ -15,7 +15,7 @@ from pdiff_runtime.engine.engine import Engine
 from pdiff_runtime.engine.output import Event, Finished, RequestOutput
 from pdiff_runtime.engine.params import PLAN_MODES, EngineConfig, GenerationParams, Mode, UserRound
 from pdiff_runtime.engine.progress import Bar
-from pdiff_runtime.models import Decoder, Tokenizer, load_model, resolve_checkpoint
+from pdiff_runtime.models import Decoder, Tokenizer, load_model, read_config, resolve_checkpoint
 from pdiff_runtime.models.files import find_file, read_json
 from pdiff_runtime.plan import ControlTokens
 
@@ -63,18 +63,16 @@ class LLM:
         self.default_params = GenerationParams()
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
-        else:
+            tags = _checked_tags(tags, tokenizer, self.model.config.vocab_size, "the arguments")
+        else:  # weights last: they take long
             checkpoint = resolve_checkpoint(model_or_path, revision=revision)
-            self.model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
             self.default_params = _recommended(checkpoint)
             if tokenizer is None:
                 tokenizer = Tokenizer.from_checkpoint(checkpoint)
+            vocab_size = read_config(checkpoint).vocab_size
+            tags = _checked_tags(tags, tokenizer, vocab_size, str(checkpoint))
+            self.model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
         self.tokenizer = tokenizer
-        if tags is None:
-            if tokenizer is None:
-                raise ValueError("tags: expected control tokens where there is no tokenizer")
-            tags = tokenizer.control_tokens()
-        tags.check_fit(self.model.config.vocab_size)
         if not tags.has_plan and self.default_params.mode in PLAN_MODES:
             mode: Mode = "diffusion" if self.model.config.full_attention else "ar"
             self.default_params = dataclasses.replace(self.default_params, mode=mode)
@@ -262,6 +260,20 @@ class LLM:
         beyond = range(self.tokenizer.vocab_size, vocab_size)
         special = [i for i in self.tokenizer.special_ids if i < vocab_size]
         return sorted({*special, *beyond} - self.tags.control_ids)
+
+
+def _checked_tags(
+    tags: ControlTokens | None, tokenizer: Tokenizer | None, vocab_size: int, source: str
+) -> ControlTokens:
+    """Control tokens that the model has embeddings for; None takes them from the tokenizer."""
+    if tags is None:
+        if tokenizer is None:
+            raise ValueError(
+                f"tags: expected control tokens where there is no tokenizer, in {source}"
+            )
+        tags = tokenizer.control_tokens()
+    tags.check_fit(vocab_size)
+    return tags
 
 
 def _recommended(checkpoint: Path) -> GenerationParams:

@@ -5,6 +5,7 @@ from pdiff_runtime.models.decoder import Attend, Decoder, init_weights
 from pdiff_runtime.models.loading import (
     BUNDLED_MODEL,
     load_model,
+    read_config,
     resolve_checkpoint,
     save_model,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Tokenizer",
     "init_weights",
     "load_model",
+    "read_config",
     "resolve_checkpoint",
     "save_model",
 ]

@@ -55,6 +55,14 @@ _ALWAYS_FIXED: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": _NO,
     "add_cross_attention": _NO,
     "pruned_heads": (None, {}),
+    "attention_multiplier": (None,),
+    "dual_chunk_attention_config": (None,),
+    "embedding_multiplier": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "no_rope_layers": (None, []),
+    "original_max_position_embeddings": (None,),
+    "residual_multiplier": (None, 1.0),
+    "text_config": (None,),
 }
 _STANDARD_FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
@@ -170,7 +178,7 @@ def parse(fields: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("num_heads_kv", values["num_heads_q"])
     if "head_dim" not in values:
         values["head_dim"] = _head_dim(values["hidden_size"], values["num_heads_q"])
-    _check_layer_types(fields.get("layer_types"))
+    _check_layer_types(fields.get("layer_types"), values["num_layers"])
     return values | _rope(fields)
 
 
@@ -209,12 +217,15 @@ def _check(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{key}: expected {expected}, got {shown(value)}")
 
 
-def _check_layer_types(layer_types: Any) -> None:
+def _check_layer_types(layer_types: Any, num_layers: Any) -> None:
     if layer_types is not None and not (
-        isinstance(layer_types, list) and all(each == "full_attention" for each in layer_types)
+        isinstance(layer_types, list)
+        and len(layer_types) == num_layers
+        and all(each == "full_attention" for each in layer_types)
     ):
         raise ValueError(
-            f"layer_types: expected 'full_attention' for every layer, got {shown(layer_types)}"
+            f"layer_types: expected 'full_attention' for each of {shown(num_layers)} layers, got "
+            f"{shown(layer_types)}"
         )
 
 

@@ -22,6 +22,7 @@ from pdiff_runtime.models.config import ModelConfig
 from pdiff_runtime.models.decoder import Decoder
 from pdiff_runtime.models.files import find_file
 from pdiff_runtime.models.gguf_file import GgufFile
+from pdiff_runtime.models.hf_config import shown
 from pdiff_runtime.models.safetensors_folder import SafetensorsFolder
 from pdiff_runtime.models.tensor_names import GGUF, TensorNames, names_of
 
@@ -49,22 +50,41 @@ def resolve_checkpoint(path_or_hub_id: str | Path | None, *, revision: str | Non
     environment variables (``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``) hold.
 
     Raises:
-        ValueError: Neither a path nor a hub id of the form ``owner/name`` that can be fetched.
+        ValueError: Neither a path nor a hub id of the form ``owner/name`` that can be fetched, or a
+            revision of what is no hub id.
     """
+    checkpoint = _local_checkpoint(path_or_hub_id)
+    if checkpoint is None:
+        return _fetched(str(path_or_hub_id), revision)
+    if revision is not None:
+        raise ValueError(f"revision: expected none for {checkpoint}, got {revision!r}")
+    return checkpoint
+
+
+def _local_checkpoint(path_or_hub_id: str | Path | None) -> Path | None:
+    """A checkpoint on this machine; None for what must be a hub id."""
     if path_or_hub_id is None:
         if not (BUNDLED_MODEL / "config.json").is_file():
             raise ValueError("model: this installation has no bundled model; name a folder or id")
         return BUNDLED_MODEL
-    path = Path(path_or_hub_id)
-    if path.is_dir():
+    path, name = Path(path_or_hub_id), str(path_or_hub_id)
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, no permission
+        raise ValueError(f"model: cannot look for {shown(name)} ({error.strerror})") from error
+    if is_dir:
         ggufs = list(path.glob("*.gguf"))
         is_gguf = len(ggufs) == 1 and not (path / "config.json").is_file()
         return find_file(path, ggufs[0].name) or path if is_gguf else path
-    if path.is_file() and path.suffix == ".gguf":
+    if is_file and path.suffix == ".gguf":
         return path
-    name = str(path_or_hub_id)
     if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
         raise ValueError(f"model: no folder {name!r}, and it is no hub id (owner/name)")
+    return None
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of a repository in the hub's cache, fetched if it is not there."""
     try:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
@@ -99,10 +119,14 @@ def load_model(
 
     Raises:
         ValueError: Not a checkpoint of a supported family, a damaged file, or tensors that do not
-            fit; every missing, unexpected and mis-shaped tensor is in the one message.
+            fit; every missing, unexpected and mis-shaped tensor is in the one message. Or no such
+            device.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
+        raise ValueError(
+            f"dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}"
+        )
+    device = _checked(device)
     checkpoint = resolve_checkpoint(path_or_hub_id, revision=revision)
     config, weights, name_of = _open(checkpoint)
     if config.tie_word_embeddings and _has_own_head(weights, name_of, dtype):
@@ -115,7 +139,7 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(config)
     _check_tensors(checkpoint, model, weights, name_of)
-    state, not_finite = _read(model, weights, name_of, dtype, torch.device(device), progress)
+    state, not_finite = _read(model, weights, name_of, dtype, device, progress)
     if not_finite:
         warnings.warn(
             f"model: weights in {checkpoint} are not finite as {dtype}: {_listed(not_finite)}",
@@ -126,6 +150,15 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
     model.reset_rope(device)
     return model.eval().requires_grad_(False)
+
+
+def read_config(checkpoint: Path) -> ModelConfig:
+    """The shape of the decoder in a folder or a GGUF file.
+
+    Raises:
+        ValueError: As :func:`load_model`, which it spares where something else does not fit.
+    """
+    return _open(checkpoint)[0]
 
 
 def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -143,6 +176,19 @@ def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloa
         for name, parameter in model.named_parameters()
     }
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _checked(device: torch.device | str) -> torch.device:
+    """A device that can hold weights."""
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (AssertionError, RuntimeError, TypeError) as error:  # torch's without CUDA asserts
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device: cannot use {device!r} ({reason[:200]})") from error
+    if checked.type == "meta":
+        raise ValueError(f"device: expected one with memory, got {device!r}")
+    return checked
 
 
 def _open(checkpoint: Path) -> tuple[ModelConfig, Weights, TensorNames]:
