@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
-from tokenizers import pre_tokenizers
+import tokenizers
+from tokenizers import pre_tokenizers, processors
 
 from pdiff_runtime import ControlTokens
 from pdiff_runtime.models import BUNDLED_MODEL, Tokenizer
+from pdiff_runtime.models.byte_level_bpe import byte_level_bpe
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,12 @@ def test_a_tokenizer_without_tags_is_refused_by_name(tokenizer, tmp_path):
 def test_text_that_is_no_unicode_is_named(tokenizer):
     with pytest.raises(ValueError, match="not valid Unicode at position 1"):
         tokenizer.encode_prompt("a\udcff")
+
+
+@pytest.mark.parametrize("prompt", [None, 7, {"role": "user", "content": "Peru"}, ["a"], [None]])
+def test_prompts_that_are_none(tokenizer, prompt):
+    with pytest.raises(ValueError, match="prompt: expected "):
+        tokenizer.encode_prompt(prompt)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +149,147 @@ def test_escaped_tags_stay_text_wherever_the_template_puts_them(tmp_path):
     assert tokenizer.token_to_id("<sync/>") not in ids
 
 
+def test_escaped_tags_stay_text_in_what_a_template_makes_of_the_rest(tmp_path):
+    template = "<user>{{ messages[0].content.split('</think>')[-1] | trim }}<eos>"
+    tokenizer = with_template(tmp_path, template)
+    ids = tokenizer.encode_prompt("<think>x</think> <sync/> y ", escape=True)
+    assert tokenizer.decode(ids) == "<user><sync/> y<eos>"
+    assert tokenizer.token_to_id("<sync/>") not in ids
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        # A message that stand-ins would lose, tags that the text calls for, and tags it becomes.
+        ("{% if messages[0].content|length > 5 %}<user>{{ messages[0].content }}{% endif %}",
+         "long enough"),
+        ("{% if 'tools' in messages[0].content %}<eos>{% endif %}{{ messages[0].content }}",
+         "use tools"),
+        ("{{ messages[0].content | replace('_', '') }}", "<sy_nc/>"),
+        ("{{ messages[0].content | tojson }}", "<sync/>"),
+        ("{{ messages[0].content[:1] }}-{{ messages[0].content[1:] }}", "<sync/>"),
+        ("\x005\x00{{ messages[0].content }}", "Peru"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_templates_that_leave_tags_and_text_no_longer_apart(template, text, tmp_path):
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(ValueError, match="prompt: the chat template changes this text"):
+        tokenizer.encode_prompt(text, escape=True)
+
+
+def test_text_with_marks_in_it_survives(tokenizer):
+    ids = tokenizer.encode_prompt("\x000\x00 and \x001\x00")
+    assert tokenizer.decode(ids) == "<user>\x000\x00 and \x001\x00<assistant>"
+
+
 def test_a_template_of_several_without_a_default_is_refused(tmp_path):
     some = [{"name": name, "template": LOOP} for name in ("rag", "tools")]
     with pytest.raises(ValueError, match=r"no default chat template among \['rag', 'tools'\]"):
         with_template(tmp_path, some)
+
+
+@pytest.mark.parametrize("name", [[], {}, None])
+def test_a_template_whose_name_is_none_is_used_if_alone(name, tmp_path):
+    tokenizer = with_template(tmp_path, [{"name": name, "template": LOOP}])
+    assert prompt(tokenizer, "Peru?") == "<user>Peru?"
+
+
+# --- backends with a state, and those that fail --------------------------------------------------
+
+
+def bundled_backend() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json"))
+
+
+def test_padding_and_truncation_in_a_backend_are_not_obeyed():
+    backend = bundled_backend()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    text = "A text of more than four tokens."
+    tokenizer = Tokenizer(backend, {})
+    for ids in (tokenizer.encode(text), tokenizer.encode_text(text), tokenizer.encode_prompt(text)):
+        assert tokenizer.decode(ids) == text
+    assert backend.truncation["max_length"] == 4  # the caller's own is as it was
+    assert backend.padding["length"] == 64
+
+
+@pytest.mark.parametrize(
+    ("tag", "config"),
+    [
+        ("<sync/>", {}),
+        ("<plan/>", {"pdiff": {"sync": "<plan/>"}}),
+        ("<end/>", {"eos_token": "<end/>"}),
+        ("<fill/>", {"pad_token": "<fill/>"}),
+        ("<hole/>", {"mask_token": "<hole/>"}),
+    ],
+)
+def test_tags_that_were_added_as_plain_tokens_are_control_tags(tag, config):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: token_id for token_id, token in enumerate(alphabet)}
+    backend = byte_level_bpe(vocab, [], {}, style="qwen2")
+    backend.add_tokens([tag])
+    tokenizer = Tokenizer(backend, config)
+    tag_id = tokenizer.token_to_id(tag)
+    assert tokenizer.encode(f"a{tag}b").count(tag_id) == 1
+    assert tag_id in tokenizer.special_ids
+    assert tag_id not in tokenizer.encode_text(f"a{tag}b")
+    assert tokenizer.decode(tokenizer.encode_text(f"a{tag}b")) == f"a{tag}b"
+    with pytest.raises(ValueError, match="contains the control tag"):
+        tokenizer.encode_prompt(f"a{tag}b")
+
+
+def test_threads_share_a_tokenizer(tokenizer):
+    text = "<sync/> and words " * 500
+    expected = tokenizer.encode(text), tokenizer.encode_text(text)
+    results = []
+
+    def encode() -> None:
+        for _ in range(5):
+            results.append((tokenizer.encode(text), tokenizer.encode_text(text)))
+
+    threads = [threading.Thread(target=encode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 20
+    assert all(result == expected for result in results)
+
+
+def test_without_a_template_a_text_starts_as_the_tokenizer_says():
+    backend = bundled_backend()
+    eos = backend.token_to_id("<eos>")
+    config = {"bos_token": "<eos>"}
+    words = Tokenizer(backend, config).encode_prompt("Peru")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<eos> $A <mask>",
+        special_tokens=[("<eos>", eos), ("<mask>", backend.token_to_id("<mask>"))],
+    )
+    assert Tokenizer(backend, config).encode_prompt("Peru") == [eos, *words]
+    assert Tokenizer(backend, {}).encode_prompt("Peru") == words  # no token for a start
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[MISSING]"}},
+    ],
+    ids=str,
+)
+def test_panics_of_the_library_are_value_errors(change, tmp_path):
+    description = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description | change))
+    with pytest.raises(ValueError):  # noqa: PT011, RUF100
+        Tokenizer.from_dir(tmp_path).encode_prompt("hello")
+
+
+@pytest.mark.parametrize("token_id", [-1, 1 << 32, "a"])
+def test_ids_that_are_none(tokenizer, token_id):
+    with pytest.raises(ValueError, match="token_ids: "):
+        tokenizer.decode([token_id])
 
 
 # --- vocab.json and merges.txt -------------------------------------------------------------------

@@ -104,7 +104,7 @@ def _shares(decoder: Decoder, model: Any) -> bool:
 
 
 def _tokenizer(tokenizer: Any) -> Tokenizer | None:
-    """Ours around the same backend."""
+    """Ours around a copy of its backend."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -112,4 +112,5 @@ def _tokenizer(tokenizer: Any) -> Tokenizer | None:
         raise ValueError(
             f"pdiff_tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}"
         )
-    return Tokenizer(backend, {"pdiff": tokenizer.init_kwargs.get("pdiff", {})})
+    pdiff = {"pdiff": tokenizer.init_kwargs.get("pdiff", {})}
+    return Tokenizer(backend, {**tokenizer.special_tokens_map, **pdiff})

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
+from pdiff_runtime.models.tokenizer_backend import library_errors
+
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,12 +40,10 @@ def byte_level_bpe(
     """
     if style not in STYLES:
         raise ValueError(f"tokenizer: expected one of {', '.join(STYLES)}, got {style!r}")
-    try:
+    with library_errors("tokenizer: merges do not fit the vocabulary"):
         model = tokenizers.models.BPE(
             vocab=dict(vocab), merges=list(merges), ignore_merges=style == "llama-bpe"
         )
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer: merges do not fit the vocabulary: {error}") from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _words(style)
     backend.decoder = decoders.ByteLevel()

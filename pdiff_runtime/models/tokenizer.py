@@ -15,6 +15,7 @@ from pdiff_runtime.models.chat_template import ChatTemplate
 from pdiff_runtime.models.files import find_file, read_json, read_text
 from pdiff_runtime.models.gguf_file import GgufFile
 from pdiff_runtime.models.gguf_tokenizer import gguf_tokenizer
+from pdiff_runtime.models.tokenizer_backend import library_errors, private_backends
 from pdiff_runtime.plan import PLAN_TAGS, PUBLISHED_NAMES, ControlTokens
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -43,13 +44,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-        self.backend = backend
         self.tag_names = _tag_names(config.get("pdiff", {}))
-        self._special = {
-            token.content: token_id
-            for token_id, token in backend.get_added_tokens_decoder().items()
-            if token.special or token.content in self.tag_names.values()
-        }
         template = _default_template(config.get("chat_template"))
         self._template = None if template is None else ChatTemplate(template)
         self._template_tokens = {
@@ -58,6 +53,14 @@ class Tokenizer:
             if config.get(name)
         }
         self._mask_token = _content("mask_token", config.get("mask_token") or LLADA_MASK)
+        roles = ("bos_token", "eos_token", "pad_token")
+        special = [self._template_tokens[name] for name in roles if name in self._template_tokens]
+        special += [self._mask_token, *PUBLISHED_NAMES.values(), *self.tag_names.values()]
+        self.backend, self._plain = private_backends(backend, special)
+        added = self.backend.get_added_tokens_decoder().values()
+        names = {*special, *(token.content for token in added if token.special)}
+        ids = {name: self.token_to_id(name) for name in names}
+        self._special = {name: i for name, i in ids.items() if i is not None}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Tokenizer | None:
@@ -134,26 +137,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; control tags in it become control tokens."""
-        return self._encode(text)
+        return _ids(self.backend, text)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of ``text`` taken as plain text, whatever tags it spells."""
-        self.backend.encode_special_tokens = True
-        try:
-            return self._encode(text)
-        finally:
-            self.backend.encode_special_tokens = False
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text: not valid Unicode at position {error.start}") from error
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return _ids(self._plain, text)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of ``token_ids``, control tags included."""
-        return self.backend.decode(list(token_ids), skip_special_tokens=False)
+        with library_errors("token_ids"):
+            return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def encode_prompt(self, prompt: str | Messages, *, escape: bool = False) -> list[int]:
         """Token ids of a prompt or conversation, up to where the model's reply starts.
@@ -163,9 +156,12 @@ class Tokenizer:
             escape: Encode control tags in the text as plain text instead of refusing them.
 
         Raises:
-            ValueError: An empty prompt, or a control tag in it.
+            ValueError: No text and no conversation, an empty one, a control tag in it, or a
+                template that leaves no way to keep its own tags apart from those in the text.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(messages, Sequence):
+            raise ValueError(f"prompt: expected text or messages, got {type(prompt).__name__}")
         contents = [_text_of(message) for message in messages]
         if not contents or not all(text.strip() for text in contents):
             raise ValueError("prompt: expected some text, got an empty prompt")
@@ -176,17 +172,58 @@ class Tokenizer:
                 "remove it, or encode the prompt with Tokenizer.encode_prompt(..., escape=True)"
             )
         if self._template is None:
-            return [token_id for text in contents for token_id in self.encode_text(text)]
-        # With stand-ins for the user's text, so that only the template's own tags are parsed.
-        stand_ins = [f"\x00{i}\x00" for i in range(len(messages))]
-        pieces = re.split("\x00([0-9]+)\x00", self._render(messages, stand_ins))
-        apart = []
-        for idx, piece in enumerate(pieces):
-            apart += self.encode_text(contents[int(piece)]) if idx % 2 else self.encode(piece)
-        # A template may trim the text or look into it, and words may span its borders. That is
-        # right only if it brings forth no tag that the template does not write by itself.
-        together = [] if found else self.encode(self._render(messages, contents))
-        return together if self._tags(together) == self._tags(apart) else apart
+            return self._bos() + [i for text in contents for i in self.encode_text(text)]
+        return self._encode_rendered(messages, contents)
+
+    def _encode_rendered(self, messages: Messages, contents: Sequence[str]) -> list[int]:
+        """Token ids of a conversation through the template.
+
+        Marks stand in for the tags that the text spells, so that only the template's own are
+        parsed. A template may trim the text or look into it, and words may span its borders; that
+        is right only if it brings forth no tag that the template does not write by itself. Where it
+        does, marks stand in for all of the text. Either way the ids spell what the template makes
+        of the messages as they are, or else nothing would tell that a part of them was lost.
+        """
+        frame = self._render(messages, [_mark(idx) for idx in range(len(contents))])
+        own_tags = [
+            tag for text in _MARK.split(frame)[::2] for tag in self._tags(self.encode(text))
+        ]
+        hidden, spelled = self._hide_tags(contents)
+        marked = self._render(messages, hidden)
+        rendered = self._render(messages, contents) if spelled else marked
+        trimmed = [text.strip() for text in contents]
+        for text, fillings in ((marked, spelled), (frame, contents), (frame, trimmed)):
+            pieces = _fill(_MARK.split(text), fillings)
+            if "".join(pieces) != rendered:
+                continue
+            token_ids: list[int] = []
+            for idx, piece in enumerate(pieces):
+                token_ids += self.encode_text(piece) if idx % 2 else self.encode(piece)
+            if self._tags(token_ids) == own_tags:
+                return token_ids
+        raise ValueError(
+            "prompt: the chat template changes this text, or what it writes depends on it, in a "
+            "way that leaves its own tags and those in the text no longer apart"
+        )
+
+    def _hide_tags(self, contents: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The texts with marks for what could pass for a tag or a mark, and what they stand for."""
+        spelled: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            spelled.append(match[0])
+            return _mark(len(spelled) - 1)
+
+        names = sorted(self._special, key=len, reverse=True)
+        tag = re.compile("|".join(re.escape(name) for name in ["\x00", *names]))
+        return [tag.sub(hide, text) for text in contents], spelled
+
+    def _bos(self) -> list[int]:
+        """The token that starts a text, if the tokenizer adds it by itself."""
+        with library_errors("tokenizer"):
+            first = self.backend.encode("", add_special_tokens=True).ids[:1]
+        bos = self._template_tokens.get("bos_token")
+        return first if bos is not None and first == [self.token_to_id(bos)] else []
 
     def _render(self, messages: Messages, contents: Sequence[str]) -> str:
         assert self._template is not None
@@ -199,14 +236,47 @@ class Tokenizer:
         )  # fmt: skip
 
     def _tags(self, token_ids: Sequence[int]) -> list[int]:
-        special = self.special_ids
-        return [token_id for token_id in token_ids if token_id in special]
+        # Any text may hold something unknown.
+        unknown = self._special.get(self._template_tokens.get("unk_token", ""))
+        tags = self.special_ids - {unknown}
+        return [token_id for token_id in token_ids if token_id in tags]
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
+_MARK = re.compile("\x00([0-9]{1,9})\x00")
+
+
+def _mark(idx: int) -> str:
+    return f"\x00{idx}\x00"
+
+
+def _fill(pieces: Sequence[str], fillings: Sequence[str]) -> list[str]:
+    """What was split at the marks, with the texts that those stand for at the odd places."""
+    texts = dict(enumerate(fillings))
+    return [texts.get(int(p), "") if idx % 2 else p for idx, p in enumerate(pieces)]
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    _check_unicode(text)
+    with library_errors("text"):
+        return backend.encode(text, add_special_tokens=False).ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text: not valid Unicode at position {error.start}") from error
+
+
+def _text_of(message: Any) -> str:
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"prompt: expected messages with a role and content, got {type(message).__name__}"
+        )
     content, role = message.get("content", ""), message.get("role")
     if not isinstance(content, str):
         raise ValueError(f"prompt: expected text as content, got {type(content).__name__}")
+    _check_unicode(content)
     if role not in ROLES:
         raise ValueError(f"prompt: expected a role among {', '.join(ROLES)}, got {role!r}")
     return content
@@ -216,19 +286,18 @@ def _default_template(template: Any) -> str | None:
     """The template to use, of one or of a list with names."""
     if not isinstance(template, list):
         return template
-    named = {entry.get("name"): entry.get("template") for entry in template if _is_object(entry)}
+    entries = [entry for entry in template if isinstance(entry, dict)]
+    named = {str(entry.get("name")): entry.get("template") for entry in entries}
     if "default" not in named and len(named) != 1:
-        raise ValueError(f"tokenizer: no default chat template among {sorted(map(str, named))}")
+        raise ValueError(f"tokenizer: no default chat template among {sorted(named)}")
     return named.get("default", next(iter(named.values())))
 
 
 def _read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     file = find_file(path, "tokenizer.json")
     if file is not None:
-        try:
+        with library_errors(f"tokenizer: cannot read {file}"):
             return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer: cannot read {file}: {error}") from error
     vocab, merges = find_file(path, "vocab.json"), find_file(path, "merges.txt")
     if vocab is None or merges is None:
         raise ValueError(f"tokenizer: no tokenizer.json in {path}, nor vocab.json and merges.txt")
@@ -257,10 +326,6 @@ def _added_tokens(entries: Any) -> dict[int, AddedToken]:
         raise ValueError(
             "added_tokens_decoder: expected objects with content and flags by id"
         ) from error
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _tag_names(names: Any) -> dict[str, str]:
