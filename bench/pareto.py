@@ -191,11 +191,11 @@ def main() -> None:
     if not args.draw:
         records = held_out_records()[: args.limit]
         arms = [a for a in ARMS if not args.only or any(part in a.name for part in args.only)]
+        result = header()
         llm = LLM(args.model, config=EngineConfig(prefix_cache=False))  # prompts come again
         points = measure(llm, records, arms)
         counts = collections.Counter(record["family"] for record in records)
-        result = {
-            **header(),
+        result |= {
             "prompts": dict(counts),
             "prompts_seed": records[0]["seed"],
             "family": FAMILY,

@@ -9,6 +9,7 @@ from typing import Any
 INK, MUTED, GRID, BLUE = "#222222", "#777777", "#e3e3e3", "#1f5fbf"
 DRAWN = {
     "planned, threshold": ("planned, threshold", BLUE, "o", "-", 2.4),
+    "planned, entropy budget": ("planned, entropy budget", "#17a2b8", "v", "-", 2.4),
     "planned, entropy": ("planned, fixed steps", BLUE, "o", "--", 1.4),
     "planned, random order": ("planned, random order", "#8fb3e6", "o", ":", 1.4),
     "Fast-dLLM, prefix cache": ("Fast-dLLM, prefix cache*", "#2f8f4e", "s", "-", 1.8),
@@ -123,7 +124,7 @@ def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
     bars.set_yticks(range(len(shown)), shown.values(), fontsize=9)
     bars.invert_yaxis()
     bars.set(xlim=(0, 108), xlabel="facts right to the letter, %")
-    title = "Without a part of the method"
+    title = "Without a part"
     bars.set_title(title, loc="left", fontsize=12, color=INK)
     handles, labels = bars.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))

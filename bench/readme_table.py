@@ -52,6 +52,8 @@ POINTS = (
     ("ar", 0, "autoregressive"),
     ("planned, threshold", 0.95, "**planned, threshold 0.95** (the model's default)"),
     ("planned, threshold", 0.7, "planned, threshold 0.7"),
+    ("planned, entropy budget", 0.3, "planned, entropy budget of 0.3 nats a step"),
+    ("planned, factor", 1.0, "planned, factor 1"),
     ("planned, entropy", 1.0, "planned, entropy, as many steps as the longest span has tokens"),
     ("planned, entropy", 0.5, "the same, half as many steps"),
     ("planned, random order", 0.5, "the same, positions in random order"),
