@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from pdiff_runtime.models.files import find_file, read_json
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 16 << 20  # some hundred thousand tensors
 _CHUNK_BYTES = 8 << 20
+_HUGE_BYTES = 4 << 20
 _DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -63,7 +67,7 @@ class SafetensorsFolder:
             ValueError: The file has become shorter.
         """
         stored = self._stored[name]
-        tensor = torch.empty(self.shapes[name], dtype=stored.dtype)
+        tensor = _empty(self.shapes[name], stored.dtype)
         rest = tensor.view(-1).view(torch.uint8).numpy().data
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.start)
@@ -85,6 +89,17 @@ class SafetensorsFolder:
         self.shapes[name] = tuple(fields["shape"])
         start += fields["data_offsets"][0]
         self._stored[name] = _Stored(file, start, _DTYPES[fields["dtype"]])
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in huge pages, if it is large: fresh small ones cost more than what is read."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
