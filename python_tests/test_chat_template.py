@@ -69,6 +69,11 @@ def test_templates_do_not_reach_python(source):
         render(source, messages=[1])
 
 
+GROW = (
+    "{%% set ns = namespace(x=%s) %%}{%% for i in range(30) %%}{%% set ns.x = %s %%}{%% endfor %%}"
+)
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -107,11 +112,79 @@ def test_templates_do_not_reach_python(source):
         "{{ lipsum(n=999999) }}",
         "{{ 'a' * 9999999 }}{{ 'a' * 9999999 }}",
         "{{ [1] | tojson(indent=999999999) }}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ m(19) }}",
+        GROW % ("'x'", "[ns.x, ns.x]") + "{{ ns.x }}",
+        GROW % ("'x'", "(ns.x, ns.x)") + "{{ ns.x | tojson }}",
+        GROW % ("'x'", "{'a': ns.x, 'b': ns.x}") + "{{ 'a%s' % ns.x }}",
+        GROW % ("'x'", "dict(a=ns.x, b=ns.x)") + "{{ '' ~ ns.x }}",
+        GROW % ("['x']", "[ns.x] * 2") + "{{ ns.x == ns.x[:] }}",
+        "{% macro m() %}{% set ns.x = varargs %}{% endmacro %}"
+        "{% set ns = namespace(x='x') %}{% for i in range(30) %}{{ m(ns.x, ns.x) }}{% endfor %}",
+        "{% set n = namespace(x='x') %}{{ n }}",
+        "{{ [namespace(x='x')] }}",
+        "{{ ([['a' * 4000000]] * 400) | tojson }}",
+        "{{ ('%s' * 400) % (('a' * 4000000,) * 400) }}",
+        "{{ '%(a)s' * 400 % {'a': 'a' * 4000000} }}",
+        GROW % ("[]", "ns.x + ['a' * 4000000 ~ i]"),
+        GROW % ("'a' * 4000000", "ns.x | upper"),
+        GROW % ("'a' * 4000000", "ns.x.upper()"),
+        GROW % ("'a' * 4000000", "ns.x[0:]"),
+        GROW % ("'ab' * 2000000", "ns.x.partition('b') | join"),
+        "{{ [[1], [2]] | sum(start=[]) }}",
+        "{{ 1 | round(-99999999) }}",
+        "{{ ('a' * 999).strip('b' * 999) }}",
+        "{{ ('a' * 999) | trim('b' * 999) }}",
+        "{{ (5).to_bytes(99999999, 'big') }}",
+        "{{ 'a'.encode().center(99999999) }}",
+        "{{ ('a' * 999).translate({97: 'a' * 999999}) }}",
     ],
 )
 def test_templates_come_to_an_end(source):
     with pytest.raises(ValueError, match="^chat template: "):
         render(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 'a' * 9000000 }}", "more than 8388608 characters"),
+        ("{{ (2**200) ** 500 }}", "an integer of more than 512 bits"),
+        ("{{ (2**200) * (2**400) }}", "an integer of more than 512 bits"),
+        ("{{ '%2000d' % 1 }}", "a format with a width: '%2000d'"),
+        ("{{ '%.2000f' % 1 }}", "a format with a width"),
+        ("{{ '%*d' % (2, 1) }}", "a format with a width"),
+        ("{{ [1] | tojson(indent=17) }}", "expected an indent up to 16, got 17"),
+        ("{{ [1] | tojson(indent='  ') }}", "expected an indent up to 16, got '  '"),
+        *((f"{{{{ 'a'.{method} }}}}", f"'{method}' of 'str' is unsafe") for method in (
+            "center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "translate",
+            "zfill")),
+        ("{{ ('a' | safe).striptags() }}", "'striptags' of 'Markup' is unsafe"),
+        ("{{ ('a' | safe).unescape() }}", "'unescape' of 'Markup' is unsafe"),
+        ("{{ 1.to_bytes }}", "'to_bytes' of 'int' is unsafe"),
+        *((f"{{{{ 'a' | {name} }}}}", f"No filter named '{name}'") for name in (
+            "batch", "center", "format", "indent", "pprint", "round", "slice", "striptags", "sum",
+            "urlize", "wordwrap", "xmlattr")),
+    ],
+)  # fmt: skip
+def test_why_a_template_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        render(source)
+
+
+def test_a_rendering_has_a_deadline(monkeypatch):
+    seconds = iter(range(99))
+    monkeypatch.setattr("time.thread_time", lambda: next(seconds))
+    with pytest.raises(ValueError, match=r"more than 1\.0 s"):
+        render("{% for i in range(9) %}{% endfor %}")
+
+
+def test_a_long_conversation_is_rendered():
+    messages = [{"role": "user", "content": "word " * 1000}] * 200
+    source = (
+        "{% for m in messages[0:] %}{{ '<' + m['role'] + '>' + m['content'] | trim }}{% endfor %}"
+    )
+    assert len(render(source, messages=messages)) == 200 * (len("<user>") + 4999)
 
 
 @pytest.mark.parametrize(

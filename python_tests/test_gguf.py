@@ -135,6 +135,17 @@ def test_the_tokenizer_comes_along(whole):
     assert tokenizer.encode_prompt("hell") == [6, TOKENS.index("hell"), 7]
     with pytest.raises(ValueError, match="contains the control tag '<t3>'"):
         tokenizer.encode_prompt("a <t3>")
+    assert tokenizer.encode_prompt("<kept>") == [6, TOKENS.index("<kept>"), 7]  # no control tag
+
+
+@pytest.mark.parametrize("style", ["llama-bpe", "qwen2"])
+def test_whole_words_without_a_merge(style, tmp_path):
+    """Llama's tokenizer takes a word that is in its vocabulary even where no merge leads to it."""
+    metadata = TOKENIZER | {"tokenizer.ggml.pre": style, "tokenizer.ggml.merges": ["h e", "l l"]}
+    path = write(tmp_path / "m.gguf", random_model(), metadata=metadata)
+    whole, pieces = [TOKENS.index("hell")], [TOKENS.index("he"), TOKENS.index("ll")]
+    expected = whole if style == "llama-bpe" else pieces
+    assert Tokenizer.from_gguf(path).encode("hell") == expected
 
 
 @pytest.mark.parametrize("is_folder", [False, True])

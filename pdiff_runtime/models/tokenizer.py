@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -185,9 +186,8 @@ class Tokenizer:
         of the messages as they are, or else nothing would tell that a part of them was lost.
         """
         frame = self._render(messages, [_mark(idx) for idx in range(len(contents))])
-        own_tags = [
-            tag for text in _MARK.split(frame)[::2] for tag in self._tags(self.encode(text))
-        ]
+        own_ids = [self.encode(piece) for piece in _MARK.split(frame)[::2]]
+        own_tags = self._tags(itertools.chain(*own_ids))
         hidden, spelled = self._hide_tags(contents)
         marked = self._render(messages, hidden)
         rendered = self._render(messages, contents) if spelled else marked
@@ -235,7 +235,7 @@ class Tokenizer:
             tools=None, documents=None, add_generation_prompt=True, **self._template_tokens,
         )  # fmt: skip
 
-    def _tags(self, token_ids: Sequence[int]) -> list[int]:
+    def _tags(self, token_ids: Iterable[int]) -> list[int]:
         # Any text may hold something unknown.
         unknown = self._special.get(self._template_tokens.get("unk_token", ""))
         tags = self.special_ids - {unknown}
