@@ -115,6 +115,8 @@ GROW = (
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
         "{{ m(19) }}",
         GROW % ("'x'", "[ns.x, ns.x]") + "{{ ns.x }}",
+        GROW % ("'x'", "[ns.x, ns.x]"),
+        "{% set x = 'a' * 4000000 %}{% for i in range(9) %}{% set y = x[1:] %}{% endfor %}",
         GROW % ("'x'", "(ns.x, ns.x)") + "{{ ns.x | tojson }}",
         GROW % ("'x'", "{'a': ns.x, 'b': ns.x}") + "{{ 'a%s' % ns.x }}",
         GROW % ("'x'", "dict(a=ns.x, b=ns.x)") + "{{ '' ~ ns.x }}",

@@ -286,6 +286,15 @@ def test_panics_of_the_library_are_value_errors(change, tmp_path):
         Tokenizer.from_dir(tmp_path).encode_prompt("hello")
 
 
+def test_unknown_words_are_no_tags():
+    model = tokenizers.models.WordLevel({"a": 0, "<unk>": 1, "<end>": 2}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<unk>", "<end>"])
+    config = {"unk_token": "<unk>", "chat_template": "{{ messages[0].content }}<end>"}
+    assert Tokenizer(backend, config).encode_prompt("a zebra") == [0, 1, 2]
+
+
 @pytest.mark.parametrize("token_id", [-1, 1 << 32, "a"])
 def test_ids_that_are_none(tokenizer, token_id):
     with pytest.raises(ValueError, match="token_ids: "):
