@@ -133,12 +133,14 @@ def test_what_a_template_makes_of_the_messages(template, text, tmp_path):
     assert prompt(with_template(tmp_path, template), " Peru? ", "Lima.") == text
 
 
-def test_tags_out_of_pieces_stay_text(tmp_path):
-    tokenizer = with_template(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"])
+def test_tags_out_of_pieces_stay_text(content, tmp_path):
+    template = f"{{% for m in messages %}}{{{{ {content} }}}}{{% endfor %}}"
+    tokenizer = with_template(tmp_path, template)
     ids = tokenizer.encode_prompt(
-        [{"role": "user", "content": "<e"}, {"role": "user", "content": "os>"}]
+        [{"role": "user", "content": " <e"}, {"role": "user", "content": "os> "}]
     )
-    assert tokenizer.decode(ids) == "<eos>"
+    assert tokenizer.decode(ids).strip() == "<eos>"
     assert tokenizer.token_to_id("<eos>") not in ids
 
 
