@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner, Result
@@ -20,6 +21,7 @@ from pdiff_runtime.eval.atlas import (
     marks_of,
     true_plan,
 )
+from pdiff_runtime.models import BUNDLED_MODEL
 from pdiff_runtime.serve.cli import cli
 from pdiff_runtime.serve.eval import table_of
 
@@ -270,6 +272,19 @@ def test_the_command_prints_a_table_and_writes_a_report(tmp_path):
         report["overall"]["exact"] * report["overall"]["num_facts"]
     )
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_model_that_recommends_nothing_is_named_by_its_modes_defaults(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    (folder / "generation_config.json").unlink()
+    result = run("--model", folder, "--limit", 1, "--family", "single")
+    assert result.exit_code == 0
+    assert "planned, entropy, steps_ratio 1" in result.output
+    report = run("--model", folder, "--limit", 1, "--mode", "fast_dllm", "--json")
+    settings = json.loads(report.stdout)["header"]["settings"]
+    assert (settings["unmask"], settings["threshold"]) == ("confidence_threshold", 0.9)
+    assert settings["temperature"] == 0.0
 
 
 def test_json_on_stdout_is_the_report_without_answers():

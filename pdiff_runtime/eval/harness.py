@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pdiff_runtime import __version__
 from pdiff_runtime.engine import LLM, EngineConfig, GenerationParams, Usage
-from pdiff_runtime.eval.answering import answer
+from pdiff_runtime.eval.answering import answer, has_answer
 from pdiff_runtime.eval.knobs import with_knobs
 from pdiff_runtime.eval.likelihood import Pair, causal_log_likelihoods
 
@@ -149,7 +149,7 @@ class PlannedDiffusionLM(TemplateLM):
         )  # fmt: skip
         self.finish_reasons.update(output.finish_reason for output in outputs)
         self.usages += [output.usage for output in outputs]
-        texts = [o.text if o.finish_reason in ("stop", "length") else "" for o in outputs]
+        texts = [output.text if has_answer(output) else "" for output in outputs]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
@@ -216,7 +216,7 @@ class PlannedDiffusionLM(TemplateLM):
             "version": __version__,
             "model": self.name,
             "device": str(self.llm.model.lm_head.weight.device),
-            "settings": dataclasses.asdict(self.params),
+            "settings": dataclasses.asdict(self.params.resolved()),
             "likelihood": self.likelihood,
             "batch_size": self.batch_size,
             "finish_reasons": dict(self.finish_reasons),

@@ -32,6 +32,14 @@ def _out_option(default: str | None, text: str) -> Any:
     )  # fmt: skip
 
 
+def _batch_option(default: int) -> Any:
+    return click.option(
+        "--batch", type=click.IntRange(min=1), default=default, metavar="N",
+        help=f"Prompts answered together; default {default}. With 1 an answer's seconds are its "
+        "latency.",
+    )  # fmt: skip
+
+
 def _header(llm: LLM, params: GenerationParams, model: str | None, batch: int) -> dict[str, Any]:
     """What results depend on besides the prompts."""
     from pdiff_runtime import __version__
@@ -43,7 +51,7 @@ def _header(llm: LLM, params: GenerationParams, model: str | None, batch: int) -
         "model": model or "bundled",
         "model_config": dataclasses.asdict(llm.model.config),
         "dtype": str(llm.model.lm_head.weight.dtype).removeprefix("torch."),
-        "settings": dataclasses.asdict(params),
+        "settings": dataclasses.asdict(params.resolved()),
         "batch": batch,
     }
 
@@ -68,13 +76,7 @@ def _header(llm: LLM, params: GenerationParams, model: str | None, batch: int) -
     help="Tell the model in advance: the length of the answer, which --mode diffusion has no way "
     "to find out, or the whole plan.",
 )
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=1,
-    metavar="N",
-    help="Prompts answered together; default 1, where seconds are latencies.",
-)
+@_batch_option(1)
 @generation_options(seed=0)
 @_out_option(None, "Write the report here as JSON, with every answer and its marks.")
 @click.option("--json", "is_json", is_flag=True, help="The report as JSON, without the answers.")
@@ -239,13 +241,7 @@ def _summary(report: Report, batch: int) -> str:
     "--generator", default="pdiff_runtime", metavar="NAME", help="The model's name for the judge."
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N prompts.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=16,
-    metavar="N",
-    help="Prompts answered together; default 16. With 1 an answer's seconds are its latency.",
-)
+@_batch_option(16)
 @generation_options(seed=0)
 @_out_option(
     "alpaca.json",
