@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-INK, MUTED, GRID, BLUE = "#222222", "#777777", "#e3e3e3", "#1f5fbf"
+from pdiff_runtime.bench.plots import INK, clean, plain_numbers
+
+MUTED, BLUE = "#777777", "#1f5fbf"
 DRAWN = {
     "planned, threshold": ("planned, threshold", BLUE, "o", "-", 2.4),
     "planned, entropy budget": ("planned, entropy budget", "#17a2b8", "v", "-", 2.4),
@@ -75,6 +77,8 @@ def draw(file: Path) -> Path:
 
 def _frontier(axes: Any, points: list[dict[str, Any]], cost: str, unit: float) -> None:
     """Quality over one cost, a line for each arm."""
+    from matplotlib.ticker import LogLocator
+
     for arm, (label, color, marker, line, width) in DRAWN.items():
         of_arm = sorted((p for p in points if p["arm"] == arm), key=lambda p: p[cost])
         if not of_arm:
@@ -92,8 +96,9 @@ def _frontier(axes: Any, points: list[dict[str, Any]], cost: str, unit: float) -
     axes.set_xscale("log")
     axes.margins(x=0.08)
     axes.set_ylim(0, 103)
-    _plain_numbers(axes.xaxis)
-    _clean(axes)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plain_numbers(axes.xaxis)
+    clean(axes, label_size=9)
 
 
 def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
@@ -109,7 +114,7 @@ def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
     lengths.set(ylim=(0, 103), xlabel="span length, times what the plan announces")
     lengths.set_ylabel("facts right to the letter, %")
     lengths.set_title("Lengths have to be right", loc="left", fontsize=12, color=INK)
-    _clean(lengths)
+    clean(lengths, label_size=9)
 
     shown = {arm: label for arm, label in ABLATIONS.items() if arm in results}
     for idx, arm in enumerate(shown):
@@ -132,20 +137,4 @@ def _ablations(measured: dict[str, Any], lengths: Any, bars: Any) -> None:
         unique.values(), unique, fontsize=9, frameon=False, loc="lower right",
         bbox_to_anchor=(1, 0.99), ncols=2,
     )  # fmt: skip
-    _clean(bars)
-
-
-def _plain_numbers(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _clean(axes: Any) -> None:
-    axes.grid(True, color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, colors=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    clean(bars, label_size=9)

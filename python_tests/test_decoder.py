@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from golden_data import GOLDEN, load_json, load_npz, unpack
+from golden_data import GOLDEN, load_json, load_npz, model_config, recorded_tags, unpack
 
-from pdiff_runtime import ControlTokens, Decoder, SpanLayout, load_model, ops
+from pdiff_runtime import Decoder, SpanLayout, load_model, ops
 from pdiff_runtime.models import ModelConfig, save_model
 from pdiff_runtime.models.attention import PackedAttention
 
@@ -18,23 +18,9 @@ FORWARD = load_npz("forward")
 
 
 def golden_model(folder) -> Decoder:
-    fields = load_json("tiny_config") | {"model_type": "Dream"}
-    for key in ("attention_bias", "digit_token_ids", "tags"):
-        del fields[key]
-    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "config.json").write_text(json.dumps(model_config(load_json("tiny_config"))))
     (folder / "model.safetensors").write_bytes((GOLDEN / "tiny.safetensors").read_bytes())
     return load_model(folder, dtype=torch.float32)
-
-
-def golden_tags() -> ControlTokens:
-    fields = load_json("tiny_config")
-    tag = fields["tags"]
-    return ControlTokens(
-        topic_start=tag["PROMISE_START"], topic_end=tag["PROMISE_END"],
-        async_start=tag["ASYNC_START"], async_end=tag["ASYNC_END"], sync=tag["SYNC_TOKEN_ID"],
-        mask=tag["MASK_TOKEN_ID"], pad=tag["PAD_TOKEN_ID"], eos=tag["EOS_TOKEN_ID"],
-        digits=tuple(fields["digit_token_ids"]),
-    )  # fmt: skip
 
 
 def attend(model: Decoder, layout: SpanLayout) -> PackedAttention:
@@ -50,7 +36,7 @@ def attend(model: Decoder, layout: SpanLayout) -> PackedAttention:
 def test_logits_equal_the_published_ones(case, tmp_path):
     ids = torch.from_numpy(FORWARD[f"{case}_ids"]).long()
     visible = unpack(FORWARD[f"{case}_attend"], (len(ids), len(ids)))
-    tags = golden_tags()
+    tags = recorded_tags()
     layouts = [SpanLayout.from_tokens(ids, tags, isolate_spans=joint) for joint in (True, False)]
     layouts.append(SpanLayout.causal(len(ids), len(ids)))
     layouts.append(SpanLayout.from_segments(len(ids), [(len(ids), "full", [(0, len(ids))])]))

@@ -58,6 +58,18 @@ def unshifted() -> Decoder:
     return model_with(full_attention=True, logits_shift=0)
 
 
+def favour(monkeypatch: pytest.MonkeyPatch, model: Decoder, token_id: int, amount: float) -> None:
+    """Add to a token's logits, wherever they are made."""
+    make_logits = model.logits
+
+    def favouring(hidden, *project):
+        logits = make_logits(hidden, *project)
+        logits[:, token_id] += amount
+        return logits
+
+    monkeypatch.setattr(model, "logits", favouring)
+
+
 class DenseModel:
     """A decoder over one sequence whose keys and values stay where they are until rewritten."""
 
@@ -199,7 +211,7 @@ def test_one_span_modes_agree_with_a_plain_rendering(params, kind, request, tiny
     assert output.finish_reason == ("stop" if is_whole else "length")
 
 
-def branches(model: Decoder, numbers: list[int], max_tokens: int) -> list[list[int]]:
+def branches(model: Decoder, numbers: list[int]) -> list[list[int]]:
     """Contents of skeleton branches: causal behind prompt and plan, alone, up to the first pad."""
     *plan, _ = user_plan(TAGS, numbers)[0]
     context = [*PROMPT, *plan]
@@ -225,15 +237,8 @@ def branches(model: Decoder, numbers: list[int], max_tokens: int) -> list[list[i
 @pytest.mark.parametrize("pad_bias", [0.0, 12.0], ids=["", "many pads"])
 def test_skeleton_branches_are_written_token_by_token(tiny_model, pad_bias, monkeypatch):
     numbers = [3, 1, 5]
-    make_logits = tiny_model.logits
-
-    def biased(hidden, *project):
-        logits = make_logits(hidden, *project)
-        logits[:, TAGS.pad] += pad_bias
-        return logits
-
-    monkeypatch.setattr(tiny_model, "logits", biased)
-    expected = branches(tiny_model, numbers, 100)
+    favour(monkeypatch, tiny_model, TAGS.pad, pad_bias)
+    expected = branches(tiny_model, numbers)
     assert any(TAGS.pad in content for content in expected) == (pad_bias > 0)
     params = GenerationParams(mode="skeleton", max_tokens=100)
     [output] = answer_alone(tiny_model, TAGS, [Case(PROMPT, params, user_plan(TAGS, numbers))])
@@ -344,14 +349,7 @@ def test_random_order_is_the_seeds(tiny_model):
 
 def test_an_answer_ends_at_its_first_eos(two_way, monkeypatch):
     """Once everything before it is known, nothing more is computed, and nothing behind it told."""
-    make_logits = two_way.logits
-
-    def ends_at_twelve(hidden, *project):
-        logits = make_logits(hidden, *project)
-        logits[:, TAGS.eos] += 5.0
-        return logits
-
-    monkeypatch.setattr(two_way, "logits", ends_at_twelve)
+    favour(monkeypatch, two_way, TAGS.eos, 5.0)
     for mode in ("diffusion", "fast_dllm"):
         params = GenerationParams(mode=mode, max_tokens=40, block_len=5, threshold=0.3)
         expected, num_steps_run = fill(two_way, NO_PLAN_TAGS, params)
@@ -537,14 +535,7 @@ def test_events_tell_of_every_round_and_span_and_of_all_the_text(case, tiny_mode
 
 
 def test_a_canvas_that_ends_at_eos_says_that_its_span_is_done(two_way, monkeypatch):
-    make_logits = two_way.logits
-
-    def likes_eos(hidden, *project):
-        logits = make_logits(hidden, *project)
-        logits[:, TAGS.eos] += 5.0
-        return logits
-
-    monkeypatch.setattr(two_way, "logits", likes_eos)
+    favour(monkeypatch, two_way, TAGS.eos, 5.0)
     case = Case(PROMPT, GenerationParams(mode="fast_dllm", max_tokens=40, block_len=5))
     events = events_of(two_way, NO_PLAN_TAGS, case)
     [done] = [event for event in events if isinstance(event, SpanDone)]

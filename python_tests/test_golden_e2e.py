@@ -11,15 +11,13 @@ import json
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from golden_data import GOLDEN, load_json, load_npz
+from golden_data import load_npz, recorded_model, recorded_tags
 from tiny_engine import DirtyAllocator, letters
 
-from pdiff_runtime import ControlTokens, Decoder, EngineConfig, GenerationParams, ops
+from pdiff_runtime import Decoder, EngineConfig, GenerationParams, ops
 from pdiff_runtime.engine import Engine, GenerationError, InvalidPlanError, RequestOutput
 from pdiff_runtime.engine.output import Finished
-from pdiff_runtime.models import ModelConfig
 from pdiff_runtime.models.attention import rotate
 
 DATA = load_npz("e2e")
@@ -28,25 +26,9 @@ CASES = [pytest.param(int(case), id=META[case]["name"]) for case in DATA["cases"
 FORCED = 1e4
 
 
-def golden_tags() -> ControlTokens:
-    fields = load_json("tiny_config")
-    ids = fields["tags"]
-    return ControlTokens(
-        topic_start=ids["PROMISE_START"], topic_end=ids["PROMISE_END"],
-        async_start=ids["ASYNC_START"], async_end=ids["ASYNC_END"], sync=ids["SYNC_TOKEN_ID"],
-        mask=ids["MASK_TOKEN_ID"], pad=ids["PAD_TOKEN_ID"], eos=ids["EOS_TOKEN_ID"],
-        digits=tuple(fields["digit_token_ids"]),
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    fields = load_json("tiny_config") | {"model_type": "Dream"}
-    for note in ("attention_bias", "digit_token_ids", "tags"):  # what no config has
-        del fields[note]
-    decoder = Decoder(ModelConfig.from_hf(fields))
-    decoder.load_state_dict(safetensors.torch.load_file(GOLDEN / "tiny.safetensors"))
-    return decoder.eval().requires_grad_(False)
+    return recorded_model()
 
 
 def params_of(case: dict, **changes: object) -> GenerationParams:
@@ -86,7 +68,7 @@ def run_scripted(
     model: Decoder, case: int, monkeypatch: pytest.MonkeyPatch, *, kv_cache_tokens: int = 1024,
     **changes: object,
 ) -> Recorded:  # fmt: skip
-    tags, meta = golden_tags(), META[case]
+    tags, meta = recorded_tags(), META[case]
     config = EngineConfig(page_size=16, kv_cache_tokens=kv_cache_tokens)
     engine = Engine(model, tags, config, letters)
     engine.allocator = engine.scheduler.allocator = DirtyAllocator(engine, 7.0)
@@ -164,7 +146,7 @@ def test_cached_run_step_by_step(case, model, monkeypatch):
     sequence = [*DATA[f"{name}_prompt"].tolist(), *run.output.token_ids]
     assert sequence == DATA[f"{name}_sequence"].tolist()
     assert [r.num_steps for r in run.output.rounds] == meta["steps_run"]
-    assert sum(token_id == golden_tags().mask for token_id in sequence) == meta["final_masks"]
+    assert sum(token_id == recorded_tags().mask for token_id in sequence) == meta["final_masks"]
 
     recorded_logits = torch.from_numpy(DATA[f"{name}_ar_logits"])
     num_ar = num_ar_steps(recorded_logits, run.ar_logits)
@@ -228,19 +210,19 @@ def test_our_default_is_the_uncached_run(model, monkeypatch):
     case = next(c for c, meta in enumerate(META) if meta["name"] == "two_rounds_pd_topk_margin_0.5")
     candidates = [DATA[f"{case:02d}_r{idx}_x0"] for idx in range(2)]
     banned = set(np.concatenate([c.ravel() for c in candidates]).tolist())
-    assert not banned & golden_tags().control_ids
+    assert not banned & recorded_tags().control_ids
     run = run_scripted(model, case, monkeypatch, **OURS, top_k=50)
     sequence = np.array([*DATA[f"{case:02d}_prompt"].tolist(), *run.output.token_ids])
     cached, uncached = (DATA[f"{case:02d}_{kind}sequence"] for kind in ("", "uncached_"))
     assert np.array_equal(sequence, uncached)
-    first_sync = np.flatnonzero(sequence == golden_tags().sync)[0]
+    first_sync = np.flatnonzero(sequence == recorded_tags().sync)[0]
     assert np.array_equal(sequence[: first_sync + 1], cached[: first_sync + 1])
     assert not np.array_equal(sequence, cached)  # frozen keys: other tokens behind the sync
 
 
 def test_our_default_bans_control_tokens_in_spans(model, monkeypatch):
     case = next(c for c, meta in enumerate(META) if meta["name"] == "top_p_0.9_pd_entropy_0.5")
-    tags = golden_tags()
+    tags = recorded_tags()
 
     def spans_of(output: RequestOutput) -> set[int]:
         writes = [write for r in output.rounds for step in r.history for write in step]
@@ -272,8 +254,10 @@ def test_our_default_spans_fit_the_budget(model, monkeypatch):
     published = run_scripted(model, case, monkeypatch).output
     assert len(ours.token_ids) == len(published.token_ids) == META[case]["max_length"] - 12
     assert ours.finish_reason == published.finish_reason == "length"
-    assert ours.token_ids[-1] == golden_tags().async_end  # a shorter span, not half of a longer one
-    assert published.token_ids[-1] != golden_tags().async_end
+    assert (
+        ours.token_ids[-1] == recorded_tags().async_end
+    )  # a shorter span, not half of a longer one
+    assert published.token_ids[-1] != recorded_tags().async_end
 
 
 def test_our_default_wants_a_plan_by_the_grammar(model, monkeypatch):
@@ -300,7 +284,7 @@ def test_what_crashes_the_published_code_is_a_typed_error(
     script, changes, message, kv_commit, model, monkeypatch
 ):
     """It ends that request alone, and its pages are free."""
-    tags = golden_tags()
+    tags = recorded_tags()
     ids = {str(digit): token_id for digit, token_id in enumerate(tags.digits)} | vars(tags)
     token_ids = [ids.get(token, token) for token in script]
     monkeypatch.setitem(META[0], "max_length", 112)
@@ -315,7 +299,7 @@ def test_what_crashes_the_published_code_is_a_typed_error(
 
 def test_a_plan_may_begin_in_the_prompt(model):
     """As published: topics of the prompt count, and its control tokens are not refused."""
-    tags = golden_tags()
+    tags = recorded_tags()
     prompt = [7, tags.topic_start, 8, tags.digits[1], tags.topic_end]
     engine = Engine(model, tags, EngineConfig(page_size=16), letters)
     with pytest.raises(ValueError, match="control token"):
@@ -336,4 +320,6 @@ def test_an_added_step_that_writes_nothing_adds_no_other(model, monkeypatch):
         monkeypatch.setitem(META[0], name, value)
     output = run_scripted(model, 0, monkeypatch).output
     assert output.finish_reason == "stop"
-    assert output.token_ids.count(golden_tags().mask) == sum(sum(r.lengths) for r in output.rounds)
+    assert output.token_ids.count(recorded_tags().mask) == sum(
+        sum(r.lengths) for r in output.rounds
+    )

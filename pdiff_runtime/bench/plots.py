@@ -98,14 +98,14 @@ def _bars(axes: Any, records: Sequence[Record], color_of: Mapping[str, str]) -> 
         at += 0.6
     axes.set_xscale("log")
     axes.margins(x=0.12)
-    _plain_numbers(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.axvline(1, color=OURS, linewidth=1.2)
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("times ours (right of 1: slower than ours)", fontsize=8)
     axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     axes.margins(y=0.01)
-    _clean(axes)
+    clean(axes)
 
 
 def _lines(axes: Any, title: str, records: Sequence[Record], color_of: Mapping[str, str]) -> None:
@@ -126,7 +126,7 @@ def _lines(axes: Any, title: str, records: Sequence[Record], color_of: Mapping[s
     times = [r["ms"] for r in records] + [p["ms"] for r in records for p in r["peers"].values()]
     if max(times) > 12 * min(times):
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(0, 1.15 * max(times))
     axes.set_xticks(values, [_short(x) for x in values], fontsize=7.5)
@@ -135,14 +135,14 @@ def _lines(axes: Any, title: str, records: Sequence[Record], color_of: Mapping[s
     axes.set_xlabel(records[0]["axis"], fontsize=8)
     axes.set_ylabel("ms", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
-    _clean(axes)
+    clean(axes)
 
 
 def _short(value: float) -> str:
     return f"{value / 1000:g}k" if value >= 1000 and value % 1000 == 0 else f"{value:g}"
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
     """10, 100 and parts of a millisecond rather than powers of ten."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -150,9 +150,10 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _clean(axes: Any) -> None:
+def clean(axes: Any, *, label_size: float = 8) -> None:
+    """A grid behind the data, and no frame."""
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK)
+    axes.tick_params(labelsize=label_size, colors=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -19,9 +19,9 @@ from torch import Tensor
 from pdiff_runtime import ops
 from pdiff_runtime.denoise import Progress
 from pdiff_runtime.engine.paged_attention import PagedAttention
-from pdiff_runtime.engine.request import Request, SpanKind, Work, Write
+from pdiff_runtime.engine.request import Request, Work, Write
 from pdiff_runtime.engine.runner import Predicted, Runner
-from pdiff_runtime.engine.span import Span
+from pdiff_runtime.engine.span import Span, SpanKind
 
 _ROW_BUCKET, _SPAN_BUCKET, _WORD_BUCKET = 64, 8, 4096
 _WARM_UP = 2  # steps of a shape before it is captured

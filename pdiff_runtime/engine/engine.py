@@ -39,9 +39,10 @@ from pdiff_runtime.engine.params import (
     Mode,
 )
 from pdiff_runtime.engine.reader import Decode
-from pdiff_runtime.engine.request import Limits, PlanRound, Request, SpanKind, Work
+from pdiff_runtime.engine.request import Limits, PlanRound, Request, Work
 from pdiff_runtime.engine.runner import Predicted, Runner
 from pdiff_runtime.engine.scheduler import Scheduler
+from pdiff_runtime.engine.span import SpanKind
 from pdiff_runtime.models.decoder import Decoder, Project, project_at_once
 from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import RowTiles

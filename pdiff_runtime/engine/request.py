@@ -27,7 +27,7 @@ from pdiff_runtime.engine.errors import GenerationError, InvalidPlanError, OutOf
 from pdiff_runtime.engine.output import FinishReason, Usage
 from pdiff_runtime.engine.params import ONE_SPAN_MODES, GenerationParams
 from pdiff_runtime.engine.reader import Decode, Reader
-from pdiff_runtime.engine.span import BlockSpan, BranchSpan, Span
+from pdiff_runtime.engine.span import BlockSpan, BranchSpan, Span, SpanKind
 from pdiff_runtime.plan import (
     ControlTokens,
     PlanError,
@@ -40,14 +40,6 @@ from pdiff_runtime.plan import (
 
 Run = tuple[int, int, Literal["causal", "full"], tuple[tuple[int, int], ...]]
 """Positions ``[lo, hi)`` to forward, and the key intervals they see; see ``SpanLayout``."""
-
-
-class SpanKind(enum.Enum):
-    """Where a span lies, which decides what it must not contain."""
-
-    TAGGED = enum.auto()  # between its tags: no tag, no eos, no mask
-    CANVAS = enum.auto()  # a whole answer: eos ends it
-    PUBLISHED = enum.auto()  # whatever the model likes
 
 
 _ISOLATED, _JOINT = -1, -2  # end the prefix-cache keys of pages with spans

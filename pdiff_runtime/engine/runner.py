@@ -15,8 +15,8 @@ from torch import Tensor
 from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
 from pdiff_runtime.engine.paged_attention import PagedAttention
-from pdiff_runtime.engine.request import Request, Rows, SpanKind, Work, Write, count_rows
-from pdiff_runtime.engine.span import Span
+from pdiff_runtime.engine.request import Request, Rows, Work, Write, count_rows
+from pdiff_runtime.engine.span import Span, SpanKind
 from pdiff_runtime.models.decoder import Decoder, Project
 from pdiff_runtime.plan import SpanLayout
 

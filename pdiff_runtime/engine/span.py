@@ -7,6 +7,7 @@ written token by token (skeleton-of-thought). All of them run in the same batche
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -16,6 +17,14 @@ Window = tuple[int, int, Literal["causal", "full"]]
 """Rows ``[lo, hi)`` to forward; causal ones see their span up to themselves, others all of it."""
 
 BlockCache = Literal["prefix", "dual"]
+
+
+class SpanKind(enum.Enum):
+    """Where a span lies, which decides what it must not contain."""
+
+    TAGGED = enum.auto()  # between its tags: no tag, no eos, no mask
+    CANVAS = enum.auto()  # a whole answer: eos ends it
+    PUBLISHED = enum.auto()  # whatever the model likes
 
 
 class Span:

@@ -234,8 +234,8 @@ def _warn_of_unread(fields: Mapping[str, Any], family: Family) -> None:
     known = read | set(family.fixed) | _NOT_READ | _READ_APART
     unread = sorted(key for key in set(fields) - known if fields[key])
     if unread:
-        shown = ", ".join(key[:40] for key in unread[:20])
-        warnings.warn(f"config.json: keys that are not read: {shown}", stacklevel=4)
+        names = ", ".join(key[:40] for key in unread[:20])
+        warnings.warn(f"config.json: keys that are not read: {names}", stacklevel=4)
 
 
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,9 @@ class Tokenizer:
             ValueError: A malformed one.
         """
         if checkpoint.is_file():
-            has_any = "tokenizer.ggml.model" in GgufFile(checkpoint).metadata
-            return cls.from_gguf(checkpoint) if has_any else None
+            metadata = GgufFile(checkpoint).metadata
+            has_any = "tokenizer.ggml.model" in metadata
+            return cls(*gguf_tokenizer(metadata)) if has_any else None
         names = ("tokenizer.json", "merges.txt")
         has_any = any(find_file(checkpoint, name) is not None for name in names)
         return cls.from_dir(checkpoint) if has_any else None
