@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,21 @@ from torch import Tensor
 
 from pdiff_runtime import ops
 from pdiff_runtime.denoise import Progress
+from pdiff_runtime.engine.graphs import (
+    MAX_SIZES,
+    Captured,
+    ForwardBuffers,
+    ForwardSize,
+    Recent,
+    round_up,
+    set_front,
+)
 from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.engine.request import Request, Work, Write
 from pdiff_runtime.engine.runner import Predicted, Runner
 from pdiff_runtime.engine.span import Span, SpanKind
 
-_ROW_BUCKET, _SPAN_BUCKET, _WORD_BUCKET = 64, 8, 4096
-_WARM_UP = 2  # steps of a shape before it is captured
-_MAX_SHAPES = 32  # the least recently used one goes
+_ROW_STEP, _SPAN_STEP = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +90,9 @@ class DenoiseLoop:
 
     def __init__(self, runner: Runner, mask_id: int) -> None:
         self.runner, self.mask_id = runner, mask_id
-        self.is_cuda = runner.device.type == "cuda"
-        self._steps: dict[_Shape, _Step] = {}
+        self._steps: Recent[_Shape, _Step] = Recent(MAX_SIZES)
         self._step: _Step | None = None
         self._row_place: list[tuple[int, int]] = []
-        # Captured steps run one after another and keep nothing, so they can share their memory.
-        self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     def takes(self, works: Sequence[Work]) -> bool:
         """Whether a batch is open spans only, alike and steady, with logits that nobody reads."""
@@ -125,7 +128,7 @@ class DenoiseLoop:
                     )
                 )  # fmt: skip
                 self._row_place += [(work_idx, position) for position in range(span.lo, span.hi)]
-        self._step = self._step_of(self._shape(attend, spans))
+        self._step = self._step_of(self._shape(attend, spans), attend)
         self._step.load(token_ids, attend, spans)
         return spans
 
@@ -134,24 +137,21 @@ class DenoiseLoop:
         assert self._step is not None
         return Launched(self._step.launch(spans), self._row_place)
 
-    def _step_of(self, shape: _Shape) -> _Step:
-        step = self._steps.pop(shape, None) or _Step(shape, self.runner, self.mask_id, self._pool)
-        if self.is_cuda:  # what was captured is worth keeping
-            self._steps[shape] = step
-            if len(self._steps) > _MAX_SHAPES:
-                del self._steps[next(iter(self._steps))]
-        return step
+    def _step_of(self, shape: _Shape, attend: PagedAttention) -> _Step:
+        def new_step() -> _Step:
+            return _Step(shape, self.runner, self.mask_id, ForwardBuffers(shape.forward, attend))
+
+        # What was captured is worth keeping.
+        return new_step() if self.runner.graphs is None else self._steps.get(shape, new_step)
 
     def _shape(self, attend: PagedAttention, spans: Sequence[OpenSpan]) -> _Shape:
-        num_rows, num_spans, num_words = len(attend.positions), len(spans), len(attend.plan.words)
-        if self.is_cuda:
-            num_rows = _round_up(num_rows, _ROW_BUCKET)
-            num_spans = _round_up(num_spans, _SPAN_BUCKET)
-            num_words = _round_up(num_words, _WORD_BUCKET)
+        forward, num_spans = ForwardSize.of(attend), len(spans)
+        if self.runner.graphs is not None:
+            forward, num_spans = forward.rounded_up(_ROW_STEP), round_up(num_spans, _SPAN_STEP)
         params = [span.request.params for span in spans]
         first = spans[0].request
         return _Shape(
-            num_rows, num_spans, num_words, first.rule.kernel_rule, first.span_kind,
+            forward, num_spans, first.rule.kernel_rule, first.span_kind,
             samples=any(p.temperature for p in params),
             filters=any(p.top_p < 1.0 or p.top_k for p in params),
             shuffles=any(span.order_temperature for span in spans),
@@ -178,11 +178,10 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What a captured step is good for; sizes are rounded up on a GPU."""
+    """What a step is good for; sizes are rounded up if it is captured."""
 
-    num_rows: int
+    forward: ForwardSize
     num_spans: int
-    num_words: int
     rule: ops.Rule
     kind: SpanKind
     samples: bool
@@ -191,23 +190,18 @@ class _Shape:
 
 
 class _Step:
-    """Buffers of one shape, and the step over them: captured on a GPU, plain on a CPU."""
+    """Buffers of one shape, and the step over them."""
 
-    def __init__(self, shape: _Shape, runner: Runner, mask_id: int, pool: Any) -> None:
-        self.shape, self.runner, self.mask_id, self.pool = shape, runner, mask_id, pool
-        device, rows, spans = runner.device, shape.num_rows, shape.num_spans
-        self.is_cuda = device.type == "cuda"
+    def __init__(self, shape: _Shape, runner: Runner, mask_id: int, inputs: ForwardBuffers) -> None:
+        self.shape, self.runner, self.mask_id, self.inputs = shape, runner, mask_id, inputs
+        device, rows, spans = runner.device, shape.forward.num_rows, shape.num_spans
 
         def buffer(size: int, dtype: torch.dtype, value: float = 0) -> Tensor:
             return torch.full((size,), value, dtype=dtype, device=device)
 
-        self.token_ids = buffer(rows, torch.int64)
-        self.positions = buffer(rows, torch.int64)
-        self.slots = buffer(rows, torch.int64, -1)
         self.span_of_row = buffer(rows, torch.int64, spans)
         self.is_content = buffer(rows, torch.bool)
         self.seeds = buffer(rows, torch.int64)
-        self.words = buffer(shape.num_words, torch.int32)
         self.row_ids = torch.arange(rows, device=device)
         self.quota = buffer(spans, torch.int32)
         self.step_idx = buffer(spans, torch.int32)
@@ -216,65 +210,40 @@ class _Step:
         self.top_p = buffer(spans, torch.float32, 1.0)
         self.top_k = buffer(spans, torch.int32)
         self.alg_temp = buffer(spans, torch.float32)
-        self.attend: PagedAttention | None = None
-        self.graph: Any = None
-        self.result: Tensor | None = None
-        self._num_run = 0
+        self.run = Captured(self._run, runner.graphs)
 
     def load(self, token_ids: list[int], attend: PagedAttention, spans: Sequence[OpenSpan]) -> None:
         """Take a batch; rows and spans beyond it do nothing."""
-        num_rows = len(token_ids)
-        span_of_row = np.full(self.shape.num_rows, self.shape.num_spans, np.int64)
-        is_content = np.zeros(self.shape.num_rows, bool)
-        seeds = np.zeros(self.shape.num_rows, np.int64)
+        self.inputs.load(token_ids, attend)
+        num_rows = self.shape.forward.num_rows
+        span_of_row = np.full(num_rows, self.shape.num_spans, np.int64)
+        is_content = np.zeros(num_rows, bool)
+        seeds = np.zeros(num_rows, np.int64)
         for idx, each in enumerate(spans):
             end = each.row + each.span.num_rows
             span_of_row[each.row : end] = idx
             lo, hi = (each.row + position - each.span.lo for position in each.span.content)
             is_content[lo:hi] = True
             seeds[each.row : end] = each.request.seed
-        self._set(self.token_ids, token_ids)
-        self._set(self.positions, attend.positions)
-        self.slots[num_rows:] = -1
-        self._set(self.slots, attend.slots)
-        self._set(self.span_of_row, span_of_row)
-        self._set(self.is_content, is_content)
-        self._set(self.seeds, seeds)
+        set_front(self.span_of_row, span_of_row)
+        set_front(self.is_content, is_content)
+        set_front(self.seeds, seeds)
         params = [span.request.params for span in spans]
-        self._set(self.threshold, [p.threshold or 0.0 for p in params])
-        self._set(self.temperature, [p.temperature or 0.0 for p in params])
-        self._set(self.top_p, [p.top_p for p in params])
-        self._set(self.top_k, [p.top_k or 0 for p in params])
-        self._set(self.alg_temp, [span.order_temperature for span in spans])
-        self._set(self.words, attend.plan.words)
-        plan = attend.plan
-        self.attend = PagedAttention(
-            ops.AttentionPlan(
-                self.words, None, plan.num_heads_q, plan.num_heads_kv, plan.head_dim, plan.impl,
-                num_sequences=plan.num_sequences, total_q=self.shape.num_rows,
-                total_kv=plan.total_kv, num_pages=plan.num_pages, page_table=plan.page_table,
-                page_size=plan.page_size,
-            ),
-            attend.cache, attend.model, self.positions, self.slots,
-        )  # fmt: skip
+        set_front(self.threshold, [p.threshold or 0.0 for p in params])
+        set_front(self.temperature, [p.temperature or 0.0 for p in params])
+        set_front(self.top_p, [p.top_p for p in params])
+        set_front(self.top_k, [p.top_k or 0 for p in params])
+        set_front(self.alg_temp, [span.order_temperature for span in spans])
 
     def launch(self, spans: Sequence[OpenSpan]) -> Callable[[], list[list[int]]]:
         """Run the step; the answer waits for it and reads ``[4][rows]``: see :meth:`_run`."""
-        self.quota.zero_()
-        self._set(self.quota, [span.quota for span in spans])
-        self._set(self.step_idx, [span.step_idx for span in spans])
-        if not self.is_cuda:
-            return self._run().tolist
-        self._num_run += 1
-        if self._num_run <= _WARM_UP:
-            self.result = self._run()
-        else:
-            if self.graph is None:
-                self._capture()
-            self.graph.replay()
-        assert self.result is not None
-        on_host = torch.empty(self.result.shape, dtype=torch.int64, pin_memory=True)
-        on_host.copy_(self.result, non_blocking=True)
+        set_front(self.quota, [span.quota for span in spans])
+        set_front(self.step_idx, [span.step_idx for span in spans])
+        result = self.run()
+        on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=result.is_cuda)
+        on_host.copy_(result, non_blocking=True)  # the next step may write over it
+        if not result.is_cuda:
+            return on_host.tolist
         copied = torch.cuda.Event()
         copied.record()
 
@@ -284,11 +253,6 @@ class _Step:
 
         return read
 
-    def _capture(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.pool):
-            self.result = self._run()
-
     @torch.inference_mode()
     def _run(self) -> Tensor:
         """Forward, and write the most certain tokens of each span to ``token_ids``.
@@ -297,25 +261,25 @@ class _Step:
             ``[4, num_rows]`` int64: batch row of each scored position (``num_rows`` where there is
             none), candidate, whether it was written, whether its logits were no numbers.
         """
-        assert self.attend is not None
-        runner, shape = self.runner, self.shape
-        hidden = runner.model(self.token_ids, self.attend, runner.project)
-        is_masked = (self.token_ids == self.mask_id) & self.is_content
+        runner, shape, num_rows = self.runner, self.shape, self.shape.forward.num_rows
+        token_ids, attend = self.inputs.token_ids, self.inputs.attend
+        hidden = runner.model(token_ids, attend, runner.project)
+        is_masked = (token_ids == self.mask_id) & self.is_content
         # The masked rows in order; the others meet in one place behind them.
-        place = torch.where(is_masked, is_masked.cumsum(0) - 1, shape.num_rows)
-        rows = self.row_ids.new_full((shape.num_rows + 1,), shape.num_rows)
+        place = torch.where(is_masked, is_masked.cumsum(0) - 1, num_rows)
+        rows = self.row_ids.new_full((num_rows + 1,), num_rows)
         rows.scatter_(0, place, self.row_ids)
         rows = rows[:-1]
         counts = self.row_ids.new_zeros(shape.num_spans + 1)
         counts.index_add_(0, self.span_of_row, is_masked.long())
         cu_rows = torch.zeros(shape.num_spans + 1, dtype=torch.int32, device=runner.device)
         cu_rows[1:] = counts[:-1].cumsum(0)
-        if not self.is_cuda:
+        if runner.graphs is None and runner.device.type == "cpu":
             rows = rows[: int(cu_rows[-1])]  # free to read here
-        at = rows.clamp(max=shape.num_rows - 1)
+        at = rows.clamp(max=num_rows - 1)
         logits = runner.model.logits(hidden[at - runner.model.config.logits_shift], runner.project)
         stats = ops.unmask_(
-            self.token_ids, logits, rows.int(), cu_rows, self.quota,
+            token_ids, logits, rows.int(), cu_rows, self.quota,
             rule=shape.rule,
             threshold=self.threshold,
             temperature=self.temperature if shape.samples else 0.0,
@@ -325,16 +289,6 @@ class _Step:
             banned_ids=runner.banned[shape.kind],
             seeds=self.seeds[at],
             step_idx=self.step_idx,
-            positions=self.positions[at].int(),
+            positions=attend.positions[at].int(),
         )  # fmt: skip
         return torch.stack([rows, stats.candidate, stats.is_written.long(), stats.is_nan.long()])
-
-    def _set(self, buffer: Tensor, values: Any) -> None:
-        """Write values to the front of a buffer; a GPU gets them without a wait."""
-        if not isinstance(values, Tensor):
-            values = torch.tensor(values, dtype=buffer.dtype, pin_memory=self.is_cuda)
-        buffer[: len(values)].copy_(values, non_blocking=True)
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step

@@ -19,6 +19,7 @@ from pdiff_runtime.engine.errors import (
     OverloadedError,
     RequestTooLongError,
 )
+from pdiff_runtime.engine.graphs import Graphs
 from pdiff_runtime.engine.output import (
     Event,
     Finished,
@@ -126,6 +127,7 @@ class Engine:
             max_logits_rows=config.max_logits_rows,
             project=_project(config),
             split_keys=not config.batch_invariant,
+            graphs=Graphs() if weight.is_cuda and config.cuda_graphs else None,
         )  # fmt: skip
         self.scheduler = Scheduler(config, self.allocator)
         self._loop: DenoiseLoop | None = None

@@ -49,6 +49,9 @@ class EngineConfig:
             quicker, and twice the memory of the weights.
         run_ahead: Launch a denoising step before the last one's results are read, where it is
             known that its rows are the same; events come one step later. None: on a GPU.
+        cuda_graphs: On a GPU, capture denoising steps and forwards of few rows as graphs, and
+            replay them: the host launches once in place of hundreds of times. Weights may change in
+            place then, but not be replaced by other tensors.
     """
 
     max_requests: int = 64
@@ -64,6 +67,7 @@ class EngineConfig:
     batch_invariant: bool = False
     pack_weights: bool = True
     run_ahead: bool | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

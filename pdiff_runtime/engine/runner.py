@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
+from pdiff_runtime.engine.graphs import CapturedForwards, Graphs
 from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.engine.request import Request, Rows, Work, Write, count_rows
 from pdiff_runtime.engine.span import Span, SpanKind
@@ -52,6 +53,7 @@ class Runner:
         max_logits_rows: Logits rows computed at once; one span is never cut.
         project: Applies the matrices.
         split_keys: See :meth:`pdiff_runtime.ops.AttentionPlan.pack`.
+        graphs: Captures what can be replayed; None on a CPU.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Runner:
         max_logits_rows: int,
         project: Project,
         split_keys: bool,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model, self.cache = model, cache
         self.device = cache.k[0].device
@@ -74,6 +77,8 @@ class Runner:
         self._token_masks = [_TokenMask(mask.to(self.device)) for mask in masks]
         self.max_logits_rows = max_logits_rows
         self.project, self.split_keys = project, split_keys
+        self.graphs = graphs
+        self._captured = None if graphs is None else CapturedForwards(model, project, graphs)
         self._prepared: tuple[list[Rows], PagedAttention] | None = None
 
     @torch.inference_mode()
@@ -81,7 +86,10 @@ class Runner:
         """Forward every row once; the results are in the order of ``works``."""
         rows, token_ids, attend = self.inputs(works, split_keys=self.split_keys)
         with self._phase("forward"):
-            hidden = self.model(self._tensor(token_ids), attend, self.project)
+            if self._captured is not None and len(token_ids) <= self._captured.max_rows:
+                hidden = self._captured(token_ids, attend)
+            else:
+                hidden = self.model(self._tensor(token_ids), attend, self.project)
         predicted = [Predicted() for _ in works]
         first_row = list(itertools.accumulate((r.num_rows for r in rows), initial=0))
 

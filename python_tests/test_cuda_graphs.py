@@ -1,0 +1,172 @@
+"""Captured forwards and denoising steps give what eager ones do.
+
+Without a GPU the kernels are emulated, and a stand-in takes the place of graphs: what it replays
+goes through the same buffers, rounded up as on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from pdiff_runtime import _C, LLM, Decoder, EngineConfig, GenerationParams, ops
+from pdiff_runtime.bench.models import TAGS, planning_model, random_prompt
+from pdiff_runtime.engine.graphs import CapturedForwards, Graphs, Recent
+from pdiff_runtime.models import ModelConfig
+
+ON_GPU = torch.cuda.is_available()
+CONFIG = ModelConfig(
+    vocab_size=640, hidden_size=64, num_layers=2, num_heads_q=2, num_heads_kv=1, head_dim=64,
+    intermediate_size=96,
+)  # fmt: skip
+PLAN = [[([200], 20), ([201], 10)], [([200], 10)]]
+CASES = {
+    "planned": {"max_tokens": 60, "steps_ratio": 0.6},
+    "threshold": {
+        "max_tokens": 60, "unmask": "confidence_threshold", "threshold": 0.02, "temperature": 4.0,
+        "top_k": 100, "seed": 3,
+    },
+    "ar": {"max_tokens": 10, "mode": "ar", "temperature": 0.8, "seed": 1},
+    "skeleton": {"max_tokens": 40, "mode": "skeleton"},
+    "diffusion": {"max_tokens": 12, "mode": "diffusion"},
+    "joint": {"max_tokens": 90, "plan": PLAN, "isolate_spans": False, "alg_temp": 0.5, "seed": 2},
+}  # fmt: skip
+
+
+class StandIn:
+    """Replays by running again; like a graph's, what it returns is the same memory each time."""
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replayed = 0
+
+    def capture(self, run):
+        self.num_captured += 1
+        result = None
+
+        def replay():
+            nonlocal result
+            self.num_replayed += 1
+            new = run()
+            result = new.clone() if result is None else result.copy_(new)
+            return result
+
+        return replay
+
+
+class Counted(Graphs):
+    """Graphs that are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_captured = self.num_replayed = 0
+
+    def capture(self, run):
+        self.num_captured += 1
+        replay = super().capture(run)
+
+        def counted():
+            self.num_replayed += 1
+            return replay()
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return planning_model(CONFIG, number=1, device="cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> None:
+    """CUDA's, which take rounded plans."""
+    if ON_GPU:
+        return
+    if not _C.emulates_cuda:
+        pytest.skip("needs a GPU, or emulated kernels")
+    pack = ops.AttentionPlan.pack
+    monkeypatch.setattr(ops.AttentionPlan, "pack", functools.partial(pack, impl="cuda"))
+    for name in ("rope_kv_write_", "unmask_"):
+        monkeypatch.setattr(ops, name, functools.partial(getattr(ops, name), impl="cuda"))
+
+
+@pytest.fixture
+def graphs() -> Counted | StandIn:
+    return Counted() if ON_GPU else StandIn()
+
+
+def engine_of(model: Decoder, graphs, *, split_keys: bool = False) -> LLM:
+    """Products by tiles, so that rows that were added to fill a size change no bit."""
+    config = EngineConfig(
+        max_topics=2, page_size=64, kv_cache_tokens=4096, batch_invariant=True, run_ahead=True,
+        cuda_graphs=False,
+    )  # fmt: skip
+    llm = LLM(model, tags=TAGS, config=config)
+    runner = llm.engine.runner
+    runner.split_keys = split_keys
+    if graphs is not None:
+        runner.graphs = graphs
+        runner._captured = CapturedForwards(model, runner.project, graphs)
+    return llm
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_answers_are_the_eager_ones(model, kernels, graphs, case):
+    token_ids, keys = [], []
+    for llm in (engine_of(model, None), engine_of(model, graphs)):
+        outputs = []
+        for size in (40, 20):  # the second time with what the first one captured
+            prompts = [random_prompt(size, seed=0), random_prompt(size - 7, seed=1)]
+            outputs += llm.generate(prompts, GenerationParams(**CASES[case]))
+        token_ids.append([output.token_ids for output in outputs])
+        assert llm.engine.allocator.num_free == llm.engine.allocator.num_pages
+        keys.append(torch.stack(llm.engine.runner.cache.k))
+    assert token_ids[0] == token_ids[1]
+    assert torch.equal(keys[0], keys[1])
+    assert max(map(len, token_ids[0])) > 8
+    assert graphs.num_replayed > graphs.num_captured > 0
+
+
+def test_replayed_rows_share_the_keys_of_long_contexts(model, kernels, graphs):
+    token_ids = []
+    for llm in (engine_of(model, None, split_keys=True), engine_of(model, graphs, split_keys=True)):
+        params = GenerationParams(mode="ar", max_tokens=6, temperature=0.7, seed=0)
+        prompts = [random_prompt(700, seed=0), random_prompt(300, seed=1)]
+        token_ids.append([output.token_ids for output in llm.generate(prompts, params)])
+        kept = llm.engine.runner._prepared
+        assert kept is not None
+        assert kept[1].plan.num_slots > 0
+    assert token_ids[0] == token_ids[1]
+    assert graphs.num_replayed > graphs.num_captured > 0
+
+
+def test_rows_of_an_earlier_batch_are_gone(model, kernels, graphs):
+    later = (
+        random_prompt(30, seed=1),
+        GenerationParams(plan=[[([200], 10)]], max_tokens=40, record_steps=True),
+    )
+    expected = engine_of(model, None).generate(*later)[0].rounds
+    llm = engine_of(model, graphs)
+    params = GenerationParams(plan=PLAN, max_tokens=90)
+    rounds = llm.encode_plan(PLAN)
+    for num_steps in (4, 7):  # of a batch that leaves masks: eager, then replayed
+        llm.engine.add("goes", random_prompt(50, seed=0), params, rounds)
+        for _ in range(num_steps):
+            llm.engine.step()
+        llm.engine.abort(["goes"])
+        assert llm.generate(*later)[0].rounds == expected
+    assert graphs.num_replayed > 0
+
+
+def test_the_least_recent_goes():
+    made = []
+    recent: Recent[int, str] = Recent(2)
+
+    def make(key: int) -> str:
+        made.append(key)
+        return str(key)
+
+    for key in (1, 2, 1, 3, 1, 2):
+        assert recent.get(key, lambda key=key: make(key)) == str(key)
+    assert made == [1, 2, 3, 2]
