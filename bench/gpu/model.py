@@ -23,6 +23,7 @@ from pdiff_runtime.bench.models import TAGS, WORDS, planning_model, random_promp
 from pdiff_runtime.cache import KVCache
 from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.models import ModelConfig
+from pdiff_runtime.models.joined_weights import JoinedWeights
 from pdiff_runtime.plan import SpanLayout
 
 DREAM_7B = ModelConfig(
@@ -79,7 +80,7 @@ class Step:
             head_dim=config.head_dim, device=DEVICE, page_size=PAGE_SIZE,
             page_table=torch.arange(num_pages, dtype=torch.int32)[None],
         )  # fmt: skip
-        self.model = model
+        self.model, self.project = model, JoinedWeights()  # as the engine
         self.token_ids = torch.randint(0, 500, (num_keys + 1,), device=DEVICE)
         self.positions = torch.arange(num_keys - num_rows, num_keys, device=DEVICE)
         self.attend = PagedAttention(plan, cache, model, self.positions, self.positions)
@@ -98,7 +99,7 @@ class Step:
     @torch.inference_mode()
     def __call__(self) -> Tensor:
         """The logits; the most certain tokens are written to `token_ids`."""
-        hidden = self.model(self.token_ids[self.positions], self.attend)
+        hidden = self.model(self.token_ids[self.positions], self.attend, self.project)
         logits = self.model.logits(hidden[self.rows])
         ops.unmask_(
             self.token_ids, logits, self.row_position, self.cu_rows, self.num_unmask,

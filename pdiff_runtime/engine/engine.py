@@ -45,6 +45,7 @@ from pdiff_runtime.engine.runner import Predicted, Runner
 from pdiff_runtime.engine.scheduler import Scheduler
 from pdiff_runtime.engine.span import SpanKind
 from pdiff_runtime.models.decoder import Decoder, Project, project_at_once
+from pdiff_runtime.models.joined_weights import JoinedWeights
 from pdiff_runtime.models.packed_weights import PackedWeights
 from pdiff_runtime.models.row_tiles import RowTiles
 from pdiff_runtime.plan import (
@@ -529,8 +530,10 @@ def _is_news(work: Work) -> bool:
 def _project(config: EngineConfig) -> Project:
     """How the matrices are applied."""
     project: Project = project_at_once
-    if config.pack_weights and PackedWeights.is_available():
-        project = PackedWeights()
+    if config.pack_weights:
+        project = JoinedWeights()
+        if PackedWeights.is_available():
+            project = PackedWeights(otherwise=project)
     return RowTiles(project) if config.batch_invariant else project
 
 

@@ -45,8 +45,9 @@ class EngineConfig:
             model to confirm: fewer forwards, the same plan.
         batch_invariant: Make every result the same bits in any company, however prompts are cut
             into chunks, and after preemption. Matrix products then run in tiles of fixed sizes.
-        pack_weights: On a CPU, keep a copy of bfloat16 weights in the order that products want:
-            quicker, and twice the memory of the weights.
+        pack_weights: Keep weights as products want them: on a CPU a copy of bfloat16 ones in
+            another order, which takes as much memory again; elsewhere those of layers with the same
+            input side by side, where the parameters become parts of one tensor.
         run_ahead: Launch a denoising step before the last one's results are read, where it is
             known that its rows are the same; events come one step later. None: on a GPU.
         cuda_graphs: On a GPU, capture denoising steps and forwards of few rows as graphs, and

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_runtime.models.decoder import project_at_once
+from pdiff_runtime.models.decoder import Project, project_at_once
 
 _MAX_ROWS = 512  # a hint for the order; any number of rows is fine
 _NO_VERSION = -1
@@ -49,12 +49,15 @@ class _Packed:
 class PackedWeights:
     """A :data:`~pdiff_runtime.models.decoder.Project` that keeps a rearranged copy of the weights.
 
-    Layers it can not help (another device or dtype, a wrapped layer) run as they are. Weights may
-    change in place or be replaced: the copy is made anew then. Only tensors made in inference mode
-    do not tell when they change.
+    Weights may change in place or be replaced: the copy is made anew then. Only tensors made in
+    inference mode do not tell when they change.
+
+    Args:
+        otherwise: Runs the layers it can not help: another device or dtype, a wrapped layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, otherwise: Project = project_at_once) -> None:
+        self._otherwise = otherwise
         # By the first layer of a group; a copy goes with it.
         self._packed: weakref.WeakKeyDictionary[nn.Linear, _Packed] = weakref.WeakKeyDictionary()
 
@@ -68,11 +71,11 @@ class PackedWeights:
     def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
         """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
         if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
-            return project_at_once(linears, x)
+            return self._otherwise(linears, x)
         kept = self._packed.get(linears[0])
         if kept is None or not kept.is_of(linears):
             if not all(map(_can_be_packed, linears)):
-                return project_at_once(linears, x)
+                return self._otherwise(linears, x)
             kept = self._packed[linears[0]] = _pack(linears)
         out = torch.ops.mkldnn._linear_pointwise(x, kept.packed, kept.bias, "none", [], "")
         return (out,) if len(linears) == 1 else torch.split_with_sizes(out, kept.out_features, 1)
