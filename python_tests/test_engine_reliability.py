@@ -177,7 +177,7 @@ def test_bad_logits_fail_one_request(tiny_model, tiny_tags, monkeypatch, mix, al
     run, private = engine.runner.run, []
 
     def watched(works):
-        private[:] = victim.private_pages()
+        private[:] = victim.pages.private()
         return run(works)
 
     engine.runner.run = watched

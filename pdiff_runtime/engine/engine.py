@@ -330,7 +330,7 @@ class Engine:
         """Run the forward; where memory is short in halves, where it still is without the worst."""
         for request in [work.request for work in works if work.request.is_pinned]:
             # As published, the tags of an empty span are never forwarded, yet they are read.
-            if dirty := request.take_dirty_pages():
+            if dirty := request.pages.take_dirty():
                 self.runner.cache.clear(dirty)
         try:
             if self._loop is not None and self._loop.takes(works):
@@ -361,7 +361,7 @@ class Engine:
         request.forwarded(work)
         if predicted.is_nan:
             # Its pages may hold what is no number; nobody else shall ever read that.
-            self.runner.cache.clear(request.private_pages())
+            self.runner.cache.clear(request.pages.private())
             request.fail(BadLogitsError("the model's logits are not numbers"))
             return
         self._announce(request, events)

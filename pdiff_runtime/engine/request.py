@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pdiff_runtime.cache import PageAllocator, PageTable
+from pdiff_runtime.cache import PageAllocator, SharedPages
 from pdiff_runtime.denoise import PUBLISHED_RULES, RULES, UnmaskRule, num_steps
 from pdiff_runtime.engine.errors import GenerationError, InvalidPlanError, OutOfMemoryError
 from pdiff_runtime.engine.output import FinishReason, Usage
@@ -203,7 +203,7 @@ class Request:
         self.tags = limits.tags
         self.priority, self.arrival, self.deadline = priority, arrival, deadline
         self.leader = leader
-        self.pages = PageTable(allocator, limits.page_size)
+        self.pages = SharedPages(allocator, limits.page_size)
         self.token_ids = [int(token_id) for token_id in prompt_ids]
         self.prompt_len = len(prompt_ids)
         self.computed = 0
@@ -221,10 +221,6 @@ class Request:
         if with_text or params.stop:
             self.reader = Reader(self.tags, decode, params.stop)
         self._num_read = self.prompt_len
-        self._allocator = allocator
-        self._chain: int | None = 0  # serial of the last page in the prefix cache; None: no more
-        self._num_published = 0
-        self._num_cleared = 0
         self._page_keys: list[npt.NDArray[np.int64]] = []
         self._user_rounds = [list(map(int, tokens)) for tokens in user_rounds]
         self._plan_start = self.prompt_len
@@ -781,7 +777,6 @@ class Request:
         self.pages.release()
         self.computed = 0
         self._rows = None
-        self._chain, self._num_published = 0, 0
 
     def grow(self, num_tokens: int) -> None:
         """Take pages for the first ``num_tokens`` positions, where anybody will read them.
@@ -806,45 +801,14 @@ class Request:
         """Take the pages that the prefix cache has for this request's context."""
         # The row that predicts must be forwarded.
         end = self.context_end - (0 if self._is_denoising else 1)
-        pages: list[int] = []
-        serial = 0
-        while (len(pages) + 1) * self.limits.page_size <= end:
-            found = self._allocator.find(serial, self._page_key(len(pages)))
-            if found is None:
-                break
-            page, serial = found
-            pages.append(page)
-        self._allocator.retain(pages)
-        self.pages.adopt(pages)
-        self._chain, self._num_published = serial, len(pages)
-        self.computed = len(pages) * self.limits.page_size
+        self.computed = self.pages.adopt_prefix(self._page_key, end)
 
     def publish(self) -> None:
         """Enter the pages that are complete and final into the prefix cache."""
         end = self.computed
         if self.is_pinned and (rounds := self.rounds):
             end = min(end, rounds[0].lo if rounds[0].spans else end)
-        while self._chain is not None and (self._num_published + 1) * self.limits.page_size <= end:
-            page = self.pages.page(self._num_published)
-            key = self._page_key(self._num_published)
-            serial = self._allocator.publish(page, self._chain, key)
-            if serial == 0:
-                # Another request was first. This one's pages stay its own from here: who holds a
-                # page of the cache must hold those before it.
-                self._chain = None
-                return
-            self._chain = serial
-            self._num_published += 1
-
-    def take_dirty_pages(self) -> list[int]:
-        """Pages taken since the last call; they hold what others have left in them."""
-        start = max(self._num_cleared, self._num_published)
-        self._num_cleared = self.pages.num_pages
-        return self.pages.held(start)
-
-    def private_pages(self) -> list[int]:
-        """Pages that no other request has seen."""
-        return self.pages.held(self._num_published)
+        self.pages.publish(self._page_key, end)
 
     def _page_key(self, page_idx: int) -> npt.NDArray[np.int64]:
         """What decides the page's keys and values beside the pages before it.
