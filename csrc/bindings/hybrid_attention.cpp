@@ -243,6 +243,7 @@ void bind_hybrid_attention(py::module_& m) {
   m.def("hybrid_attention_cuda", &forward_cuda);
   m.def("hybrid_attention_backward_workspace_bytes",
         &cuda::hybrid_attention_backward_workspace_bytes);
+  m.def("hybrid_attention_backward_fits", &cuda::hybrid_attention_backward_fits);
   m.def("hybrid_attention_backward_cuda", &backward_cuda);
 #endif
 }

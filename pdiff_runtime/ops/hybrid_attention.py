@@ -100,9 +100,10 @@ def hybrid_attention(
         return (out, lse) if return_lse else out
     if choice is not _CPU:
         _check(q, k, v, plan, _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES)
-    if is_traced() or (
-        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    ):
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if is_traced() or needs_grad:
+        if needs_grad and choice is Impl.CUDA and impl == Impl.AUTO:
+            choice = _impl_with_gradient(q.device, plan.head_dim)
         out, lse = torch.ops.pdiff.hybrid_attention(
             q, k, v, plan.words, plan.num_slots, softmax_scale, choice
         )
@@ -125,6 +126,14 @@ def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
     if (choice is Impl.CPU) != (plan.impl is Impl.CPU):
         raise ValueError(f"plan: expected one packed for {choice}, got one for {plan.impl}")
     return choice
+
+
+def _impl_with_gradient(device: torch.device, head_dim: int) -> Impl:
+    """CUDA's kernels, or Triton's where blocks of the backward ask for more than the device has."""
+    device_idx, _ = cuda_stream(device)
+    if _C.hybrid_attention_backward_fits(head_dim, device_idx):
+        return Impl.CUDA
+    return select_impl(Impl.AUTO, device, cuda_refuses="too little shared memory for the backward")
 
 
 def _check(

@@ -36,4 +36,8 @@ struct Problem {
 template <typename T, int kHeadDim>
 void launch_kernels(const Problem& problem, const CudaQueue& queue);
 
+/// Shared memory that a block of them asks for at most.
+template <typename T, int kHeadDim>
+int64_t max_block_bytes();
+
 }  // namespace pdiff::cuda::attention_backward

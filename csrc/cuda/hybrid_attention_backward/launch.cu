@@ -67,6 +67,13 @@ int64_t hybrid_attention_backward_workspace_bytes(int64_t total_q, int32_t num_h
   return kTicketBytes + 2 * total_q * num_heads_q * static_cast<int64_t>(sizeof(float));
 }
 
+bool hybrid_attention_backward_fits(int32_t head_dim, int device_idx) {
+  using namespace attention_backward;
+  const int64_t bytes =
+      head_dim == 64 ? max_block_bytes<bfloat16, 64>() : max_block_bytes<bfloat16, 128>();
+  return bytes <= max_shared_bytes(device_idx);
+}
+
 void hybrid_attention_backward(const HybridAttentionBackwardParams& params,
                                const CudaQueue& queue) {
   check_params(params);

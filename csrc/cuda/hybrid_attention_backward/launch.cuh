@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common/launch.h"
 #include "cuda/hybrid_attention_backward/key_gradient.cuh"
 #include "cuda/hybrid_attention_backward/query_gradient.cuh"
@@ -32,6 +34,11 @@ void launch_kernels(const Problem& problem, const CudaQueue& queue) {
          {"hybrid_attention_backward: queries", num_blocks, kNumThreads,
           sizeof(QueryGradientMemory<T, kHeadDim>)},
          queue, problem);
+}
+
+template <typename T, int kHeadDim>
+int64_t max_block_bytes() {
+  return std::max(sizeof(KeyGradientMemory<T, kHeadDim>), sizeof(QueryGradientMemory<T, kHeadDim>));
 }
 
 }  // namespace pdiff::cuda::attention_backward

@@ -115,6 +115,9 @@ struct HybridAttentionBackwardParams {
 
 int64_t hybrid_attention_backward_workspace_bytes(int64_t total_q, int32_t num_heads_q);
 
+/// Whether a device has the shared memory that a block asks for.
+bool hybrid_attention_backward_fits(int32_t head_dim, int device_idx);
+
 /// Throws pdiff::Error on an unsupported shape.
 void hybrid_attention_backward(const HybridAttentionBackwardParams& params, const CudaQueue& queue);
 
