@@ -11,7 +11,7 @@ import torch
 from on_backends import backend_fixture, isa_fixture
 
 from pdiff_runtime import _C
-from pdiff_runtime.ops import AttentionPlan, Impl, _library, hybrid_attention, reference
+from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.plan import SpanLayout
 from pdiff_runtime.testing import Backend, assert_within_budget
 from pdiff_runtime.testing.problems import LAYOUTS, AttentionProblem, layout_of
@@ -440,5 +440,5 @@ def test_auto_trains_with_kernels_that_fit_the_gpu(fits, expected, monkeypatch):
     module = importlib.import_module("pdiff_runtime.ops.hybrid_attention")
     monkeypatch.setattr(_C, "hybrid_attention_backward_fits", lambda *_: fits, raising=False)
     monkeypatch.setattr(module, "cuda_stream", lambda _: (0, 0))
-    monkeypatch.setattr(_library, "_why_not", lambda *_: "")
+    monkeypatch.setattr(module, "why_not", lambda *_: "")
     assert module._impl_with_gradient(torch.device("cuda"), head_dim=128) == expected

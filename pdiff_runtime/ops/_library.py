@@ -79,14 +79,14 @@ def select_impl(
     refusals = {Impl.CUDA: cuda_refuses, Impl.TRITON: triton_refuses}
     reasons = []
     for choice in choices:
-        reason = _why_not(choice, device) or refusals.get(choice, "")
+        reason = why_not(choice, device) or refusals.get(choice, "")
         if not reason:
             return choice
         reasons.append(f"{choice} is not available on {device}: {reason}")
     raise ValueError("impl: " + "; ".join(reasons))
 
 
-def _why_not(impl: Impl, device: torch.device) -> str:
+def why_not(impl: Impl, device: torch.device) -> str:
     """Empty if tensors on `device` can be given to `impl`."""
     if impl is Impl.REFERENCE:
         return ""

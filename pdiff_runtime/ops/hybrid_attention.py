@@ -20,6 +20,7 @@ from pdiff_runtime.ops._library import (
     library,
     pointer,
     select_impl,
+    why_not,
 )
 from pdiff_runtime.ops.attention_plan import AttentionPlan
 
@@ -131,9 +132,8 @@ def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
 def _impl_with_gradient(device: torch.device, head_dim: int) -> Impl:
     """CUDA's kernels, or Triton's where blocks of the backward ask for more than the device has."""
     device_idx, _ = cuda_stream(device)
-    if _C.hybrid_attention_backward_fits(head_dim, device_idx):
-        return Impl.CUDA
-    return select_impl(Impl.AUTO, device, cuda_refuses="too little shared memory for the backward")
+    fits = _C.hybrid_attention_backward_fits(head_dim, device_idx)
+    return Impl.CUDA if fits or why_not(Impl.TRITON, device) else Impl.TRITON
 
 
 def _check(
