@@ -59,7 +59,7 @@ class Counted(Graphs):
     """Graphs that are counted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(torch.device("cuda", torch.cuda.current_device()))
         self.num_captured = self.num_replayed = 0
 
     def capture(self, run):

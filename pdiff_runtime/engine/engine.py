@@ -128,7 +128,7 @@ class Engine:
             max_logits_rows=config.max_logits_rows,
             project=_project(config),
             split_keys=not config.batch_invariant,
-            graphs=Graphs() if weight.is_cuda and config.cuda_graphs else None,
+            graphs=Graphs(weight.device) if weight.is_cuda and config.cuda_graphs else None,
         )  # fmt: skip
         self.scheduler = Scheduler(config, self.allocator)
         self._loop: DenoiseLoop | None = None
@@ -263,6 +263,10 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Admit what fits, forward once, and say what happened."""
+        with self.runner.on_device():
+            return self._step()
+
+    def _step(self) -> list[Event]:
         events: list[Event] = []
         now = time.perf_counter()
         for request in [r for r in self._requests.values() if r.is_done or r.is_late(now)]:

@@ -31,20 +31,23 @@ V = TypeVar("V")
 
 
 class Graphs:
-    """Captures work on a GPU.
+    """Captures work on a GPU, the current device.
 
     Captured graphs run one after another, and what one returns is read before the next one runs, so
     they share their memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # one for all, as memory is shared by stream
 
     def capture(self, run: Run) -> Run:
         """What replays the work that ``run`` launches; it returns the same memory each time."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: their work is not captured.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream,
+            capture_error_mode="thread_local",  # other threads may use the GPU as they like
+        ):  # fmt: skip
             result = run()
 
         def replay() -> Tensor:

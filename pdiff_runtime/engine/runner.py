@@ -81,6 +81,12 @@ class Runner:
         self._captured = None if graphs is None else CapturedForwards(model, project, graphs)
         self._prepared: tuple[list[Rows], PagedAttention] | None = None
 
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the model's device the current one: streams and events are that one's."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
+
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Predicted]:
         """Forward every row once; the results are in the order of ``works``."""
