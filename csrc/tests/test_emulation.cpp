@@ -129,11 +129,12 @@ __global__ void warpgroup_kernel(const TensorMap map_a, const TensorMap map_b,
   float s[64], d[64];
   products_begin();
   for (int step = 0; step < 4; ++step) {
-    multiply_panels<bfloat16, 128>(s, describe_panels(a, 64 * 128) + 2 * step,
-                                   describe_panels(b, 128 * 128) + 2 * step, step > 0);
+    multiply_panels<bfloat16, 128>(s, describe_panels(a) + 2 * step, describe_panels(b) + 2 * step,
+                                   step > 0);
   }
   products_commit();
   if (waits) products_wait<0>();
+  products_begin();
   for (int step = 0; step < 8; ++step) {
     uint32_t p[4];
     for (int i = 0; i < 4; ++i)
@@ -192,6 +193,42 @@ TEST(warpgroups_multiply_what_the_copy_engine_brings) {
   CHECK(out[0] != out[0]);  // read before it was waited for
 }
 
+// One step of a product of ones, which threads have stored.
+__global__ void stored_panel_kernel(float* out, bool fences, bool begins) {
+  const int thread = static_cast<int>(threadIdx.x);
+  auto* elements = reinterpret_cast<uint16_t*>(shared_memory());
+  for (int i = thread; i < 64 * 64; i += 128) elements[i] = round_to<bfloat16>(1.0f);
+  if (fences) fence_async_copies();
+  __syncthreads();
+  const uint64_t panel = describe_panels(shared_memory());
+  float d[32];
+  if (begins) products_begin();
+  multiply_panels<bfloat16, 64>(d, panel, panel, false);
+  products_commit();
+  products_wait<0>();
+  out[thread] = d[0];
+}
+
+TEST(products_see_no_stores_before_a_fence) {
+  std::vector<float> out(128, 0.0f);
+  launch(stored_panel_kernel, {"panel", 1, 128, 64 * 128}, {}, out.data(), true, true);
+  for (const float x : out) CHECK_EQ(x, 16.0f);
+  launch(stored_panel_kernel, {"panel", 1, 128, 64 * 128}, {}, out.data(), false, true);
+  for (const float x : out) CHECK(x != x);
+}
+
+__global__ void expecting_kernel(const TensorMap map, int num_bytes) {
+  auto& barrier = *reinterpret_cast<CopyBarrier*>(shared_memory() + 64 * 128);
+  barrier.init(1);
+  barrier.arrive_and_expect(num_bytes);
+  copy_box(shared_memory(), map, barrier, 0, 0, 0);
+  barrier.wait(0);
+}
+
+__global__ void miscounted_kernel(int num_others) {
+  barrier_wait(1, threadIdx.x < 32 ? 64 : num_others);
+}
+
 __global__ void diverged_kernel(bool half) {
   if (half && threadIdx.x >= 16) return;
   (void)warp_sum(1.0f);
@@ -212,6 +249,19 @@ TEST(mistakes_are_errors) {
                "ends with copies that it never waited for");
   CHECK_THROWS(launch(misaligned_kernel, {"misaligned", 1, 1, 64}, {}, &from[0]),
                "copies a misaligned address");
+  const LaunchShape panel{"panel", 1, 128, 64 * 128};
+  std::vector<float> out(128);
+  CHECK_THROWS(launch(stored_panel_kernel, panel, {}, out.data(), true, false),
+               "registers that it has not handed over");
+  alignas(16) static const uint16_t rows[64 * 64] = {};
+  const TensorMap map =
+      make_tensor_map(rows, pdiff::DType::kBFloat16, {64, 64, 1}, {64, 64}, {64, 1});
+  const LaunchShape box{"box", 1, 1, 64 * 128 + 8};
+  launch(expecting_kernel, box, {}, map, 64 * 128);
+  CHECK_THROWS(launch(expecting_kernel, box, {}, map, 63 * 128), "waits for a copy barrier");
+  launch(miscounted_kernel, {"barrier", 1, 64}, {}, 64);
+  CHECK_THROWS(launch(miscounted_kernel, {"barrier", 1, 64}, {}, 96),
+               "expects another number of threads");
 }
 
 }  // namespace

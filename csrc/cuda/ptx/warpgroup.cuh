@@ -37,8 +37,9 @@ __device__ __forceinline__ void settle(float (&x)[kSize]) {
 }
 
 /// Where an operand lies: what the instruction calls a matrix descriptor. In bytes: its address,
-/// from panel to panel where columns are not the summed dimension, from 8 rows to the next 8.
-__device__ __forceinline__ uint64_t describe_panels(const void* shared, int panel_bytes) {
+/// from panel to panel where rows are the summed dimension (else a step lies in one panel), from 8
+/// rows to the next 8.
+__device__ __forceinline__ uint64_t describe_panels(const void* shared, int panel_bytes = 0) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | static_cast<uint64_t>(panel_bytes >> 4) << 16 |

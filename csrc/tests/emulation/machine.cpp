@@ -77,7 +77,7 @@ struct GroupMeeting {  // of a warpgroup
 };
 
 struct Barrier {
-  int arrived = 0;
+  int arrived = 0, num_threads = 0;
   int64_t generation = 0;
 };
 
@@ -88,6 +88,7 @@ struct Warp {
 struct Block {
   Dim idx;
   unsigned char* shared = nullptr;
+  std::vector<unsigned char> shared_of_engines;
   std::vector<Warp> warps;
   std::vector<GroupMeeting> group_meetings;
   std::vector<std::function<void()>> deferred;
@@ -198,6 +199,7 @@ std::unique_ptr<Block> make_block(unsigned idx, std::vector<std::unique_ptr<Fibe
   PDIFF_CHECK(posix_memalign(&shared, 1024, bytes) == 0, "emulation: no shared memory");
   std::memset(shared, 0xff, bytes);
   block->shared = static_cast<unsigned char*>(shared);
+  block->shared_of_engines.assign(bytes, 0xff);
   const int num_threads = static_cast<int>(machine->block.x);
   block->warps.resize((num_threads + kWarpSize - 1) / kWarpSize);
   block->group_meetings.resize((num_threads + kWarpgroupSize - 1) / kWarpgroupSize);
@@ -341,6 +343,13 @@ Dim grid_dim() { return machine->grid; }
 int lane() { return machine->fiber->thread % kWarpSize; }
 unsigned char* shared_memory() { return machine->fiber->block->shared; }
 int64_t shared_memory_bytes() { return machine->shared_bytes; }
+unsigned char* shared_memory_of_engines() {
+  return machine->fiber->block->shared_of_engines.data();
+}
+void publish_shared_memory() {
+  Block& block = *machine->fiber->block;
+  std::memcpy(block.shared_of_engines.data(), block.shared, block.shared_of_engines.size());
+}
 
 std::any& thread_state(const std::type_info& type) { return machine->fiber->states[type]; }
 
@@ -422,6 +431,10 @@ void barrier(int idx, int num_threads, bool waits) {
   Block& block = *machine->fiber->block;
   Barrier& barrier = block.barriers[idx];
   const int64_t generation = barrier.generation;
+  if (barrier.arrived > 0 && barrier.num_threads != num_threads) {
+    fail("barrier: expects another number of threads than those who came before");
+  }
+  barrier.num_threads = num_threads;
   ++barrier.arrived;
   // A thread that has ended counts as arrived at the barrier of the whole block.
   const auto is_full = [&] {

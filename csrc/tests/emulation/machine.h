@@ -5,8 +5,8 @@
 // Every thread of a block is a fiber. A fiber runs until it must wait: for the other lanes of its
 // warp, for a barrier, for a copy. Blocks are resident a few at a time, and which warp runs next is
 // drawn at random, so that a missing barrier shows. What a kernel may not count on is made bad:
-// shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for, and a wait
-// that nothing can end is an error.
+// shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for, engines see
+// no stores before a fence, and a wait that nothing can end is an error.
 
 #include <any>
 #include <cstddef>
@@ -32,6 +32,11 @@ Dim grid_dim();
 int lane();
 unsigned char* shared_memory();
 int64_t shared_memory_bytes();
+
+/// Shared memory as engines beside the threads see it: what a thread stores is not there before a
+/// thread of the block has called publish_shared_memory.
+unsigned char* shared_memory_of_engines();
+void publish_shared_memory();
 
 /// One object of each type for the thread that runs, made when it is first asked for.
 std::any& thread_state(const std::type_info& type);

@@ -52,7 +52,7 @@ class alignas(8) CopyBarrier {
 static_assert(sizeof(CopyBarrier) == 8);
 
 inline void fence_barriers() {}
-inline void fence_async_copies() {}
+inline void fence_async_copies() { emulation::publish_shared_memory(); }
 inline void barrier_wait(int idx, int num_threads) { emulation::barrier(idx, num_threads, true); }
 inline void barrier_arrive(int idx, int num_threads) {
   emulation::barrier(idx, num_threads, false);

@@ -36,8 +36,11 @@ inline void copy_box(void* shared, const TensorMap& map, CopyBarrier& barrier, i
   if (offset < 0 || offset + num_rows * 128 > emulation::shared_memory_bytes()) {
     emulation::fail("copies out of shared memory");
   }
-  std::memset(to, 0xff, static_cast<size_t>(num_rows) * 128);  // not there before it has come
-  emulation::defer([to, map, x0, x1, x2, num_rows, &barrier] {
+  auto* to_engines = emulation::shared_memory_of_engines() + offset;
+  for (unsigned char* view : {to, to_engines}) {  // not there before it has come
+    std::memset(view, 0xff, static_cast<size_t>(num_rows) * 128);
+  }
+  emulation::defer([to, to_engines, map, x0, x1, x2, num_rows, &barrier] {
     const auto is_in = [&](int64_t x, int dim) { return x >= 0 && x < map.size[dim]; };
     for (int row = 0; row < num_rows; ++row) {
       const int64_t i1 = x1 + row % map.box[0], i2 = x2 + row / map.box[0];
@@ -47,7 +50,8 @@ inline void copy_box(void* shared, const TensorMap& map, CopyBarrier& barrier, i
           element = map.data[i2 * map.stride[1] + i1 * map.stride[0] + x0 + column];
         }
         const int piece = column / 8 ^ row % 8;
-        std::memcpy(to + row * 128 + piece * 16 + column % 8 * 2, &element, 2);
+        const int at = row * 128 + piece * 16 + column % 8 * 2;
+        for (unsigned char* view : {to, to_engines}) std::memcpy(view + at, &element, 2);
       }
     }
     barrier.complete(num_rows * 128);

@@ -36,7 +36,7 @@ inline std::deque<ProductGroup>& product_groups() {
 template <int kSize>
 void settle(float (&)[kSize]) {}
 
-inline uint64_t describe_panels(const void* shared, int panel_bytes) {
+inline uint64_t describe_panels(const void* shared, int panel_bytes = 0) {
   const auto offset = static_cast<const unsigned char*>(shared) - shared_memory();
   if (offset < 0 || offset >= emulation::shared_memory_bytes()) {
     emulation::fail("describes panels outside shared memory");
@@ -55,7 +55,7 @@ inline uint16_t panel_element(uint64_t descriptor, int row, int column) {
     emulation::fail("multiplies from outside shared memory");
   }
   uint16_t bits;
-  std::memcpy(&bits, shared_memory() + permuted, 2);
+  std::memcpy(&bits, emulation::shared_memory_of_engines() + permuted, 2);
   return bits;
 }
 
@@ -109,12 +109,18 @@ inline void multiply_shares(void* const (&threads)[128], size_t idx) {
   }
 }
 
-inline void products_begin() {}
+/// Of the thread that runs: whether its registers were handed over since it last waited.
+struct ProductsBegun {
+  bool value = false;
+};
+
+inline void products_begin() { emulation::thread_local_state<ProductsBegun>().value = true; }
 
 inline void products_commit() { product_groups().emplace_back(); }
 
 template <int kGroups>
 void products_wait() {
+  emulation::thread_local_state<ProductsBegun>().value = false;
   auto& groups = product_groups();
   while (groups.size() > kGroups + 1) {
     ProductGroup mine = std::move(groups.front());
@@ -133,6 +139,9 @@ void products_wait() {
 
 inline void issue(float* d, int num_columns, bool accumulate, const uint32_t* fragment,
                   bool is_bfloat16, uint64_t a, uint64_t b) {
+  if (!emulation::thread_local_state<ProductsBegun>().value) {
+    emulation::fail("multiplies with registers that it has not handed over");
+  }
   ProductShare share{d, num_columns, {}, fragment != nullptr, is_bfloat16, false, {}, a, b};
   if (fragment != nullptr) std::memcpy(share.fragment, fragment, sizeof(share.fragment));
   ProductGroup& open = product_groups().back();
