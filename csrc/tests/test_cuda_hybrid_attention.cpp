@@ -42,6 +42,7 @@ struct Problem {
   std::vector<SpanLayout> layouts;
   int num_heads_q = 1, num_heads_kv = 1, head_dim = 64, page_size = 0;
   bool split_keys = true;
+  int tile_rows = 0;
   int padding = 0;  // elements between rows
   float scale = 0.125f;
 };
@@ -61,6 +62,7 @@ class Run {
                                  .head_dim = p.head_dim,
                                  .schedule = Schedule::kGpu,
                                  .split_keys = p.split_keys,
+                                 .tile_rows = p.tile_rows,
                                  .page_size = p.page_size};
     std::vector<int32_t> table;
     if (p.page_size > 0) deal_pages(random, table, options);
@@ -261,6 +263,12 @@ TEST(causal_text) {
   check_both(
       {.layouts = {causal(40, 200), causal(1, 1)}, .num_heads_q = 7, .head_dim = 128, .padding = 8},
       random);
+}
+
+TEST(tiles_may_have_fewer_rows_than_fit) {
+  std::mt19937 random(6);
+  check<bfloat16>({.layouts = {causal(50, 90), causal(3, 3)}, .num_heads_q = 3, .tile_rows = 11},
+                  random);
 }
 
 TEST(random_layouts) {

@@ -28,11 +28,12 @@
 namespace pdiff::cuda::sm90a {
 
 struct Params {
-  const int32_t* plan;  // words, on the device
-  int32_t* ticket;      // 0 before the launch
-  void* out;            // [total_q, num_heads_q, head_dim]
-  float* lse;           // [num_heads_q, total_q]; may be null
-  float score_scale;    // softmax_scale * log2(e), positive
+  const int32_t* plan;   // words, on the device
+  int32_t* ticket;       // 0 before the launch
+  void* out;             // [total_q, num_heads_q, head_dim]
+  float* lse;            // [num_heads_q, total_q]; may be null
+  float score_scale;     // softmax_scale * log2(e), positive
+  int32_t rows_per_box;  // of q: as many tokens as fill a tile, times group_size
 };
 
 inline constexpr int kRows = kGpuTileRows, kKeys = 128, kBoxKeys = 64, kStages = 2;
@@ -102,7 +103,7 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     if (leads) {
       shared.q_empty[q_slot.slot()].wait(q_slot.phase() + 1);
       CopyBarrier& full = shared.q_full[q_slot.slot()];
-      full.arrive_and_expect(kPanels * plan.header.tile_rows * group_size * 128);
+      full.arrive_and_expect(kPanels * params.rows_per_box * 128);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
         copy_box(shared.q[q_slot.slot()][panel], q_map, full, 64 * panel, kv_head * group_size,

@@ -22,7 +22,7 @@ void launch_kernel(const HybridAttentionParams& p, float score_scale, int32_t* t
     return map_of_tokens(data, p.dtype, num_key_tokens(p), p.num_heads_kv, kHeadDim, stride, 1,
                          kBoxKeys);
   };
-  const Params params{p.plan, ticket, p.out, p.lse, score_scale};
+  const Params params{p.plan, ticket, p.out, p.lse, score_scale, tokens * group_size};
   launch(forward_kernel<T, kHeadDim, kPaged>,
          {"hybrid_attention", num_sms(queue.device_idx), kNumThreads, sizeof(Shared<kHeadDim>)},
          queue, params,
