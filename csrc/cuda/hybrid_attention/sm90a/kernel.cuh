@@ -39,6 +39,7 @@ struct Params {
 inline constexpr int kRows = kGpuTileRows, kKeys = 128, kBoxKeys = 64, kStages = 2;
 inline constexpr int kPanelBytes = 128 * 128;  // of 128 rows or keys
 inline constexpr int kNumThreads = 384, kNumConsumerWarps = 8, kLimitSlots = 4;
+inline constexpr int32_t kSeesAll = 1 << 30;  // of a row that is none: it must not cost a mask
 
 /// What the consumers need to know of a key tile. A column is a key's place in the tile; column x
 /// is key x + offset of its run, and token i sees the first limits[limit_slot][i] keys of the run.
@@ -85,11 +86,11 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     shared.message[k_slot.slot()] = message;
   };
 
-  const auto next_item = [&] {
-    int item = leads ? static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1) : 0;
-    return __shfl_sync(kAllLanes, item, 0);
-  };
-  for (int item = static_cast<int>(blockIdx.x); item < num_items; item = next_item()) {
+  int next_item = 0;
+  for (int item = static_cast<int>(blockIdx.x); item < num_items;
+       item = __shfl_sync(kAllLanes, next_item, 0)) {
+    // Long before it is needed: the answer takes its time.
+    if (leads) next_item = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
     const int tile_idx = item / plan.header.num_heads_kv, kv_head = item % plan.header.num_heads_kv;
     const PlanTile tile = plan.tiles[tile_idx];
     if (tile.part > 0) continue;  // the first part takes all keys: blocks read as fast as they can
@@ -138,9 +139,11 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     }
     while (has_run) {
       shared.limits_empty[limit_slot.slot()].wait(limit_slot.phase() + 1);
-      for (int token = lane; token < num_tokens; token += kWarpSize) {
+      for (int token = lane; token <= (kRows - 1) / group_size; token += kWarpSize) {
         shared.limits[limit_slot.slot()][token] =
-            visible_to_row(view, shared.segments[token], tile.row_lo + token, run);
+            token < num_tokens
+                ? visible_to_row(view, shared.segments[token], tile.row_lo + token, run)
+                : kSeesAll;
       }
       __syncwarp();
       const bool has_following =
@@ -213,14 +216,17 @@ __device__ __forceinline__ void clear_values(Shared<kHeadDim>& shared) {
 
 /// A consumer warpgroup: 64 of the tile's rows. A thread has columns 8j + 2t and 8j + 2t + 1 of
 /// rows g and g + 8 of its warp's 16.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kPaged>
 __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& shared) {
   constexpr int kSteps = kHeadDim / 16;
   const PlanHeader plan = *reinterpret_cast<const PlanHeader*>(params.plan);
   const int group_size = plan.num_heads_q / plan.num_heads_kv;
   const int thread = static_cast<int>(threadIdx.x) - 128;
-  const int warpgroup = thread / 128, lane = thread % kWarpSize, t = lane % 4;
+  // From one lane: so the compiler sees that descriptors are the same in all of them.
+  const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0);
+  const int lane = thread % kWarpSize, t = lane % 4;
   const int first_row = thread / kWarpSize * 16 + lane / 4;
+  const int token[2] = {first_row / group_size, (first_row + 8) / group_size};
   const bool leads = lane == 0;
   RingPlace<2> q_slot;
   RingPlace<kStages> k_slot, v_slot;
@@ -230,9 +236,8 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
   int32_t limit[2] = {0, 0};
 
   const auto multiply_by_keys = [&] {  // s <- q @ k^T
-    const uint64_t q =
-        describe_panels(shared.q[q_slot.slot()][0] + warpgroup * (kPanelBytes / 2), kPanelBytes);
-    const uint64_t k = describe_panels(shared.k[k_slot.slot()][0], kPanelBytes);
+    const uint64_t q = describe_panels(shared.q[q_slot.slot()][0] + warpgroup * (kPanelBytes / 2));
+    const uint64_t k = describe_panels(shared.k[k_slot.slot()][0]);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       multiply_panels<T, kKeys>(s, column_step<kPanelBytes>(q, step),
@@ -270,20 +275,19 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
     const auto softmax = [&] {
       if (message.starts_run) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = (first_row + 8 * i) / group_size;
-          limit[i] = token < plan.tile_rows ? shared.limits[message.limit_slot][token] : 0;
-        }
+        for (int i = 0; i < 2; ++i) limit[i] = shared.limits[message.limit_slot][token[i]];
         __syncwarp();
         release(shared.limits_empty[message.limit_slot]);
       }
-      const int low = -message.offset, high[2] = {limit[0] + low, limit[1] + low};
-      const bool sees_all = low <= 0 && high[0] >= kKeys && high[1] >= kKeys;
+      // Columns are counted from the thread's first one, so that those of the scores are constants.
+      const int low = -message.offset - 2 * t, high[2] = {limit[0] + low, limit[1] + low};
+      const bool sees_all =
+          (!kPaged || message.offset >= 0) && min(limit[0], limit[1]) - message.offset >= kKeys;
       if (!__all_sync(kAllLanes, sees_all)) {
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) {
-          const int column = i / 4 * 8 + 2 * t + i % 2;
-          if (column < low || column >= high[i % 4 / 2]) s[i] = -INFINITY;
+          const int column = i / 4 * 8 + i % 2;
+          if ((kPaged && column < low) || column >= high[i % 4 / 2]) s[i] = -INFINITY;
         }
       }
       float scaled_max[2];
@@ -344,6 +348,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       settle(s);
       release(shared.k_empty[k_slot.slot()]);
       softmax();
+      work_before_wait(shared.v_full[v_slot.slot()], v_slot.phase());
       products_wait<0>();
       settle(out);
       release(shared.v_empty[v_slot.slot()]);
@@ -376,14 +381,14 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
       const float inverse = l[i] == 0.0f ? 0.0f : 1.0f / l[i];
       const int row = first_row + 8 * i;
       const bool is_row = row < num_rows;
-      const int64_t token = first_token + row / group_size;
-      const int head = kv_head * group_size + row % group_size;
+      const int64_t row_token = first_token + token[i];
+      const int head = kv_head * group_size + row - token[i] * group_size;
       T* const to =
-          static_cast<T*>(params.out) + (token * plan.num_heads_q + head) * int64_t{kHeadDim};
+          static_cast<T*>(params.out) + (row_token * plan.num_heads_q + head) * int64_t{kHeadDim};
       store_row<T, kHeadDim>(to, out, i, inverse, is_row);
       if (is_row && t == 0 && params.lse != nullptr) {
         constexpr float kLn2 = 0.693147181f;
-        params.lse[int64_t{head} * plan.total_q + token] =
+        params.lse[int64_t{head} * plan.total_q + row_token] =
             l[i] == 0.0f ? -INFINITY : kLn2 * (m[i] * params.score_scale + log2_fast(l[i]));
       }
     }
@@ -423,7 +428,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     }
   } else {
     raise_registers<Shares::kOfConsumer>();
-    consume<T, kHeadDim>(params, shared);
+    consume<T, kHeadDim, kPaged>(params, shared);
   }
 }
 

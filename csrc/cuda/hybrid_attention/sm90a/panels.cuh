@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/common/warp.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
 
 namespace pdiff::cuda::sm90a {
@@ -37,6 +38,13 @@ __device__ __forceinline__ uint64_t column_step(uint64_t panels, int step) {
 /// Step `step` of 16 rows, the summed ones.
 __device__ __forceinline__ uint64_t row_step(uint64_t panels, int step) {
   return panels + step * 128;
+}
+
+/// Between arithmetic that is to go on while products are under way and the wait for them: the
+/// compiler moves the wait up past arithmetic, but not past a branch, which the wait for a phase
+/// that is known to be over comes down to.
+__device__ __forceinline__ void work_before_wait(CopyBarrier& barrier, int phase_that_is_over) {
+  barrier.wait(phase_that_is_over);
 }
 
 /// Lane t of four lanes gets x[t] of each of them, in their order.

@@ -178,6 +178,8 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
   for (;;) {
     barrier_wait(kBarrier, kThreads);
     if (work.tile < 0) break;
+    int ticket = 0;  // long before it is needed: the answer takes its time
+    if (leads) ticket = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
     const bool owns = thread < work.num_owners;
     const auto seen_by_owner = [&] {
       const PlanView plan = plan_view_of(params.plan);
@@ -293,10 +295,7 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
       position = next;
     }
     barrier_wait(kBarrier, kThreads);  // nobody reads the work any more
-    if (leads) {
-      const int ticket = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
-      find_work<kByKeys>(params, next_item<kByKeys>(params, ticket), shared.work);
-    }
+    if (leads) find_work<kByKeys>(params, next_item<kByKeys>(params, ticket), shared.work);
   }
   if (leads) {
     shared.owners_empty[owner_slot.slot()].wait(owner_slot.phase() + 1);
@@ -312,7 +311,9 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
   constexpr int kDepthSteps = kHeadDim / 16, kPositionSteps = kPositions / 16;
   const PlanHeader& plan = *reinterpret_cast<const PlanHeader*>(params.plan);
   const int thread = static_cast<int>(threadIdx.x) - 128;
-  const int warpgroup = thread / 128, lane = thread % kWarpSize, t = lane % 4;
+  // From one lane: so the compiler sees that descriptors are the same in all of them.
+  const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0);
+  const int lane = thread % kWarpSize, t = lane % 4;
   const int first_row = thread / kWarpSize * 16 + lane / 4;
   const bool leads = lane == 0;
   RingPlace<2> owner_slot;
@@ -325,11 +326,9 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
 
   // x <- owners @ positions^T
   const auto multiply = [&](float (&x)[kPositions / 2], int which) {
-    const uint64_t a = describe_panels(
-        shared.owners[owner_slot.slot()][which][0] + warpgroup * (kOwnerPanelBytes / 2),
-        kOwnerPanelBytes);
-    const uint64_t b =
-        describe_panels(shared.positions[stage.slot()][which][0], kPositionPanelBytes);
+    const uint64_t a = describe_panels(shared.owners[owner_slot.slot()][which][0] +
+                                       warpgroup * (kOwnerPanelBytes / 2));
+    const uint64_t b = describe_panels(shared.positions[stage.slot()][which][0]);
 #pragma unroll
     for (int step = 0; step < kDepthSteps; ++step) {
       multiply_panels<T, kPositions>(x, column_step<kOwnerPanelBytes>(a, step),
@@ -400,11 +399,13 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
       settle(s);
       const uint64_t seen[2] = {shared.seen[stage.slot()][kByKeys ? first_row : owner[0]],
                                 shared.seen[stage.slot()][kByKeys ? first_row + 8 : owner[1]]};
-      if (!__all_sync(kAllLanes, (seen[0] & seen[1]) == ~uint64_t{0})) {
+      const bool sees_all = __all_sync(kAllLanes, (seen[0] & seen[1]) == ~uint64_t{0});
+      if (!sees_all) {
+        const uint64_t mine[2] = {seen[0] >> 2 * t, seen[1] >> 2 * t};
 #pragma unroll
         for (int i = 0; i < kPositions / 2; ++i) {
-          const int column = i / 4 * 8 + 2 * t + i % 2;
-          if ((seen[i % 4 / 2] >> column & 1) == 0) s[i] = -INFINITY;
+          const int column = i / 4 * 8 + i % 2;
+          if ((mine[i % 4 / 2] >> column & 1) == 0) s[i] = -INFINITY;
         }
       }
 #pragma unroll
@@ -421,6 +422,7 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
         multiply(dp, 1);
         add(sum_of_values, fragments, 1);
       }
+      if constexpr (!kByKeys) work_before_wait(shared.full[stage.slot()], stage.phase());
       products_wait<0>();
       settle(dp);
 #pragma unroll
@@ -429,10 +431,20 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
         if constexpr (kByKeys) {
           delta = *reinterpret_cast<const float2*>(&shared.delta[stage.slot()][i / 4 * 8 + 2 * t]);
         }
-        // What is not seen has weight 0, and a value that may be NaN.
+        dp[i] -= delta.x, dp[i + 1] -= delta.y;
+      }
+      if (!sees_all) {  // what is not seen has weight 0, and a value that may be NaN
+#pragma unroll
+        for (int i = 0; i < kPositions / 2; i += 2) {
+          const float2 p = unpack2<T>(fragments[i / 2]);
+          if (p.x == 0.0f) dp[i] = 0.0f;
+          if (p.y == 0.0f) dp[i + 1] = 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPositions / 2; i += 2) {
         const float2 p = unpack2<T>(fragments[i / 2]);
-        fragments[i / 2] = pack2<T>(p.x == 0.0f ? 0.0f : p.x * (dp[i] - delta.x),
-                                    p.y == 0.0f ? 0.0f : p.y * (dp[i + 1] - delta.y));
+        fragments[i / 2] = pack2<T>(p.x * dp[i], p.y * dp[i + 1]);
       }
       products_begin();
       add(sum, fragments, 0);
