@@ -230,7 +230,6 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
       stage.next();
     }
     while (position != kNowhere) {
-      shared.empty[stage.slot()].wait(stage.phase() + 1);
       uint64_t bits = walk.take(position, stride);
       // The block of positions as a range in ascending order that lies within the sequence: what it
       // holds of positions walked before counts as not seen.
@@ -243,19 +242,19 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
         first -= shift, bits <<= shift;
       }
       if constexpr (kByKeys) bits = spread_over_groups(bits, stride, params.group_size);
+      // By keys half of the threads bring lse of a column, the others delta.
+      const int column = thread % kPositions;
+      const bool has_column = kByKeys && column < stride * params.group_size;
+      float statistic = thread < kPositions ? INFINITY : 0.0f;
+      if (has_column && first + params.group.divide(column) < work.num_positions) {
+        const int64_t row =
+            work.first_statistic + static_cast<int64_t>(first) * params.group_size + column;
+        statistic = (thread < kPositions ? params.lse : params.delta)[row];
+      }
+      shared.empty[stage.slot()].wait(stage.phase() + 1);
       shared.seen[stage.slot()][thread] = owns ? bits : ~uint64_t{0};
-      if constexpr (kByKeys) {
-        const int column = thread % kPositions;
-        if (column < stride * params.group_size) {
-          const int token = first + params.group.divide(column);
-          const int64_t row =
-              work.first_statistic + static_cast<int64_t>(first) * params.group_size + column;
-          const bool is_row = token < work.num_positions;
-          float* const to =
-              thread < kPositions ? shared.lse[stage.slot()] : shared.delta[stage.slot()];
-          const float* const from = thread < kPositions ? params.lse : params.delta;
-          to[column] = is_row ? from[row] : thread < kPositions ? INFINITY : 0.0f;
-        }
+      if (has_column) {
+        (thread < kPositions ? shared.lse : shared.delta)[stage.slot()][column] = statistic;
       }
       const int next = meet((stage.count + 1) % 2, position + stride);
       const bool is_short = work.num_positions < stride;
