@@ -86,6 +86,9 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
     shared.message[k_slot.slot()] = message;
   };
 
+  if (leads) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map}) prefetch_tensor_map(*map);
+  }
   int next_item = 0;
   for (int item = static_cast<int>(blockIdx.x); item < num_items;
        item = __shfl_sync(kAllLanes, next_item, 0)) {

@@ -172,6 +172,8 @@ __device__ __forceinline__ void produce_positions(const BackwardParams& params,
   RingPlace<kBackwardStages> stage;
 
   if (leads) {
+    for (const TensorMap& map : maps.owners) prefetch_tensor_map(map);
+    for (const TensorMap& map : maps.positions) prefetch_tensor_map(map);
     const int item = next_item<kByKeys>(params, static_cast<int>(blockIdx.x));
     find_work<kByKeys>(params, item, shared.work);
   }
