@@ -322,7 +322,8 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
   float sum[kHeadDim / 2], sum_of_values[kByKeys ? kHeadDim / 2 : 1];
   float s[kPositions / 2], beside[kPositions / 2];
   uint32_t fragments[kPositions / 4];  // of p, then of ds
-  // By keys there are two sums and no registers for both products: dp takes the place of s.
+  // By keys there are two sums and no registers for both products: dp takes the place of s, and
+  // rounded weights are all there is of p.
   float (&dp)[kPositions / 2] = kByKeys ? s : beside;
 
   // x <- owners @ positions^T
@@ -415,9 +416,17 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
         if constexpr (kByKeys) {
           lse = *reinterpret_cast<const float2*>(&shared.lse[stage.slot()][i / 4 * 8 + 2 * t]);
         }
-        fragments[i / 2] = pack2<T>(exp2_fast(s[i] * params.score_scale - lse.x),
-                                    exp2_fast(s[i + 1] * params.score_scale - lse.y));
+        const float2 p{exp2_fast(s[i] * params.score_scale - lse.x),
+                       exp2_fast(s[i + 1] * params.score_scale - lse.y)};
+        if constexpr (kByKeys) {
+          fragments[i / 2] = pack2<T>(p.x, p.y);
+        } else {
+          s[i] = p.x, s[i + 1] = p.y;
+        }
       }
+      const auto weights = [&](int i) {
+        return kByKeys ? unpack2<T>(fragments[i / 2]) : float2{s[i], s[i + 1]};
+      };
       if constexpr (kByKeys) {
         products_begin();
         multiply(dp, 1);
@@ -437,14 +446,14 @@ __device__ __forceinline__ void sum_gradients(const BackwardParams& params,
       if (!sees_all) {  // what is not seen has weight 0, and a value that may be NaN
 #pragma unroll
         for (int i = 0; i < kPositions / 2; i += 2) {
-          const float2 p = unpack2<T>(fragments[i / 2]);
+          const float2 p = weights(i);
           if (p.x == 0.0f) dp[i] = 0.0f;
           if (p.y == 0.0f) dp[i + 1] = 0.0f;
         }
       }
 #pragma unroll
       for (int i = 0; i < kPositions / 2; i += 2) {
-        const float2 p = unpack2<T>(fragments[i / 2]);
+        const float2 p = weights(i);
         fragments[i / 2] = pack2<T>(p.x * dp[i], p.y * dp[i + 1]);
       }
       products_begin();
