@@ -96,15 +96,15 @@ class FewRows {
         state[0] = mixture.max, state[1] = mixture.sum;
       }
     }
-    __threadfence();
-    __syncthreads();  // the part is written: count it
+    __syncthreads();  // the part is written: one thread tells, and hears of the others
     if (thread_ == 0) {
+      __threadfence();
       const uint32_t num_before = atomicAdd(params_.arrivals + first_slot, 1u);
+      __threadfence();
       shared_.is_last_part = num_before + 1 == static_cast<uint32_t>(tile.num_parts);
     }
     __syncthreads();
     if (!shared_.is_last_part) return;
-    __threadfence();  // and the others are, too
     for (int i = thread; i < rows.num_rows * kHeadDim; i += kNumThreads) {
       write_element(rows, i, mixture_of_parts(first_slot, tile.num_parts, i));
     }

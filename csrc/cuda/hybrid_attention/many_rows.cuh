@@ -66,6 +66,7 @@ class ManyRows {
   __device__ __forceinline__ void write() {
     const TileRows rows = shared_.rows;
     const int lane = opaque(lane_), first_row = warp_ * kWarpRows;
+    __syncwarp();  // all lanes have read the queries
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll

@@ -168,6 +168,7 @@ class RowReader {
       if (!__any_sync(kAllLanes, is_inside)) continue;
       if (!has_bans_) {
         has_bans_ = true;
+        __syncwarp();  // the bits of the segment before have been read
         for (int word = lane_; word < kBanWords; word += kWarpSize) ban_bits_[word] = 0;
         __syncwarp();
       }
