@@ -139,10 +139,7 @@ inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(uint32_t mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
-inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-  int nothing = 0;
-  ::pdiff::emulation::together(mask, "syncwarp", &nothing, [](::pdiff::emulation::LaneData) {});
-}
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { ::pdiff::emulation::sync_lanes(mask); }
 
 template <typename T, typename Combine>
 T pdiff_reduce_sync(uint32_t mask, T value, const Combine& combine) {
@@ -167,42 +164,48 @@ inline unsigned __reduce_min_sync(uint32_t mask, unsigned value) {
   return pdiff_reduce_sync(mask, value, [](unsigned a, unsigned b) { return std::min(a, b); });
 }
 
-inline void __threadfence() {}
+inline void __threadfence() { ::pdiff::emulation::fence(); }
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { ::pdiff::emulation::wait("sleep"); }
 
 template <typename T>
 T atomicAdd(T* at, std::type_identity_t<T> value) {
+  const ::pdiff::emulation::Atomic atomic(at);
   const T old = *at;
   *at = static_cast<T>(old + value);
   return old;
 }
 template <typename T>
 T atomicMax(T* at, std::type_identity_t<T> value) {
+  const ::pdiff::emulation::Atomic atomic(at);
   const T old = *at;
   *at = std::max(old, value);
   return old;
 }
 template <typename T>
 T atomicMin(T* at, std::type_identity_t<T> value) {
+  const ::pdiff::emulation::Atomic atomic(at);
   const T old = *at;
   *at = std::min(old, value);
   return old;
 }
 template <typename T>
 T atomicOr(T* at, std::type_identity_t<T> value) {
+  const ::pdiff::emulation::Atomic atomic(at);
   const T old = *at;
   *at = old | value;
   return old;
 }
 template <typename T>
 T atomicExch(T* at, std::type_identity_t<T> value) {
+  const ::pdiff::emulation::Atomic atomic(at);
   const T old = *at;
   *at = value;
   return old;
 }
 template <typename T>
 T atomicCAS(T* at, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
+  const ::pdiff::emulation::Atomic atomic(at);
   const T old = *at;
   if (old == compare) *at = value;
   return old;

@@ -3,17 +3,20 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <string>
 #include <typeindex>
 
 #include "pdiff/error.h"
+#include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -52,7 +55,7 @@ namespace pdiff::emulation {
 namespace {
 
 constexpr int kWarpSize = 32, kNumBarriers = 16, kResidentBlocks = 3;
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 256 * 1024, kMaxStacks = kResidentBlocks * 1024;
 
 struct Copy {
   void* to;
@@ -79,6 +82,7 @@ struct GroupMeeting {  // of a warpgroup
 struct Barrier {
   int arrived = 0, num_threads = 0;
   int64_t generation = 0;
+  Clock told[2];  // by those who have arrived, of this generation and the one before
 };
 
 struct Warp {
@@ -102,6 +106,7 @@ struct Block {
 struct Fiber {
   Block* block = nullptr;
   int thread = 0;
+  Witness witness;
   char* stack_memory = nullptr;
   void* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
@@ -127,18 +132,25 @@ struct Machine {
 };
 
 thread_local Machine* machine = nullptr;
+thread_local char* stacks = nullptr;  // [kMaxStacks, kStackBytes], taken up when they are used
 thread_local std::vector<char*> free_stacks;
 
 char* take_stack() {
-  if (!free_stacks.empty()) {
-    char* stack = free_stacks.back();
-    free_stacks.pop_back();
-    return stack;
+  if (stacks == nullptr) {
+    void* memory = mmap(nullptr, kMaxStacks * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    PDIFF_CHECK(memory != MAP_FAILED, "emulation: no memory for stacks");
+    stacks = static_cast<char*>(memory);
+    for (size_t i = kMaxStacks; i > 0; --i) free_stacks.push_back(stacks + (i - 1) * kStackBytes);
   }
-  void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  PDIFF_CHECK(memory != MAP_FAILED, "emulation: no memory for a stack");
-  return static_cast<char*>(memory);
+  char* stack = free_stacks.back();
+  free_stacks.pop_back();
+  return stack;
+}
+
+bool is_on_a_stack(const void* at) {
+  const auto offset = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(stacks);
+  return stacks != nullptr && offset < kMaxStacks * kStackBytes;
 }
 
 void to_scheduler() {
@@ -198,6 +210,7 @@ std::unique_ptr<Block> make_block(unsigned idx, std::vector<std::unique_ptr<Fibe
   const size_t bytes = machine->shared_bytes > 0 ? machine->shared_bytes : 1;
   PDIFF_CHECK(posix_memalign(&shared, 1024, bytes) == 0, "emulation: no shared memory");
   std::memset(shared, 0xff, bytes);
+  forget_accesses(shared, machine->shared_bytes);
   block->shared = static_cast<unsigned char*>(shared);
   block->shared_of_engines.assign(bytes, 0xff);
   const int num_threads = static_cast<int>(machine->block.x);
@@ -205,9 +218,7 @@ std::unique_ptr<Block> make_block(unsigned idx, std::vector<std::unique_ptr<Fibe
   block->group_meetings.resize((num_threads + kWarpgroupSize - 1) / kWarpgroupSize);
   block->num_running = num_threads;
   for (int thread = 0; thread < num_threads; ++thread) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->block = block.get();
-    fiber->thread = thread;
+    auto fiber = std::make_unique<Fiber>(block.get(), thread, Witness(idx, thread));
     fiber->num_registers = 64 * 1024 / num_threads / 8 * 8;
     fiber->stack_memory = take_stack();
     void** top = reinterpret_cast<void**>(fiber->stack_memory + kStackBytes);
@@ -231,6 +242,8 @@ void run_blocks(std::mt19937& random) {
   std::vector<std::vector<std::unique_ptr<Fiber>>> fibers;
   unsigned next_block = 0;
   int idle_passes = 0;
+  std::array<size_t, kWarpSize> lanes;
+  std::iota(lanes.begin(), lanes.end(), size_t{0});
   while (machine->error.empty()) {
     for (size_t i = 0; i < blocks.size();) {  // make room
       if (blocks[i]->num_running > 0) {
@@ -274,9 +287,11 @@ void run_blocks(std::mt19937& random) {
     std::shuffle(warps.begin(), warps.end(), random);
     for (const auto& [b, w] : warps) {
       if (idle_passes == 0 && random() % 4 == 0) continue;  // a warp falls behind
-      const size_t end = std::min(fibers[b].size(), (w + 1) * kWarpSize);
-      for (size_t thread = w * kWarpSize; thread < end && machine->error.empty(); ++thread) {
-        if (!fibers[b][thread]->done) resume(*fibers[b][thread]);
+      std::shuffle(lanes.begin(), lanes.end(), random);
+      for (const size_t lane : lanes) {
+        const size_t thread = w * kWarpSize + lane;
+        const bool runs = thread < fibers[b].size() && !fibers[b][thread]->done;
+        if (runs && machine->error.empty()) resume(*fibers[b][thread]);
       }
     }
     idle_passes = machine->progress == before ? idle_passes + 1 : 0;
@@ -307,6 +322,7 @@ void run_blocks(std::mt19937& random) {
 
 void complete(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
+    access_memory(copy.to, copy.num_bytes, true, __builtin_return_address(0));
     if (copy.from != nullptr) {
       std::memcpy(copy.to, copy.from, copy.num_bytes);
     } else {
@@ -330,6 +346,7 @@ void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>&
   here.block = block;
   here.shared_bytes = shared_bytes;
   here.body = &body;
+  forget_accesses();
   machine = &here;
   run_blocks(random);
   machine = nullptr;
@@ -435,7 +452,9 @@ void barrier(int idx, int num_threads, bool waits) {
     fail("barrier: expects another number of threads than those who came before");
   }
   barrier.num_threads = num_threads;
-  ++barrier.arrived;
+  Clock& told = barrier.told[generation % 2];
+  if (barrier.arrived++ == 0) told = {};
+  machine->fiber->witness.tell(told);
   // A thread that has ended counts as arrived at the barrier of the whole block.
   const auto is_full = [&] {
     const int ended = idx == 0 && num_threads == static_cast<int>(machine->block.x)
@@ -448,12 +467,38 @@ void barrier(int idx, int num_threads, bool waits) {
     ++barrier.generation;
     made_progress();
   };
-  if (is_full()) return release();
+  if (is_full()) release();
   if (!waits) return;
   while (barrier.generation == generation) {
     wait("a barrier");
     if (barrier.generation == generation && is_full()) release();
   }
+  machine->fiber->witness.learn(told);
+}
+
+void sync_lanes(uint32_t mask) {
+  together(mask, "syncwarp", &machine->fiber->witness, [](LaneData lanes) {
+    Clock told;
+    for (void* lane : lanes) {
+      if (lane != nullptr) static_cast<Witness*>(lane)->tell(told);
+    }
+    for (void* lane : lanes) {
+      if (lane != nullptr) static_cast<Witness*>(lane)->learn(told);
+    }
+  });
+}
+
+void fence() { machine->fiber->witness.fence(); }
+
+Atomic::Atomic(const void* at) { machine->fiber->witness.begin_atomic(at); }
+Atomic::~Atomic() { machine->fiber->witness.end_atomic(); }
+
+// An error takes effect at the next wait: not every function may be left by an exception.
+void access_memory(const void* at, int num_bytes, bool writes, const void* code) {
+  if (machine == nullptr || is_on_a_stack(at) || !machine->error.empty()) return;
+  const auto begin = reinterpret_cast<uintptr_t>(at);
+  const std::string race = machine->fiber->witness.access(begin, num_bytes, writes, code);
+  if (!race.empty()) machine->error = "kernel: " + race;
 }
 
 void copy_async(void* shared, const void* global, int num_bytes, bool valid) {
@@ -465,6 +510,7 @@ void copy_async(void* shared, const void* global, int num_bytes, bool valid) {
   if (to < begin || to + num_bytes > begin + static_cast<uintptr_t>(machine->shared_bytes)) {
     fail("copies out of shared memory");
   }
+  access_memory(shared, num_bytes, true, __builtin_return_address(0));
   std::memset(shared, 0xff, num_bytes);  // not there before it is waited for
   fiber.open_copies.push_back({shared, valid ? global : nullptr, num_bytes});
 }
@@ -491,6 +537,11 @@ void set_registers(int num) {
   fiber.block->free_registers -= wanted;
   fiber.num_registers = num;
   made_progress();
+}
+
+void count_matrix_load(bool collides) {
+  ++statistics().matrix_loads;
+  statistics().matrix_load_conflicts += collides;
 }
 
 Statistics& statistics() {

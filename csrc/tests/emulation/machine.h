@@ -4,9 +4,10 @@
 //
 // Every thread of a block is a fiber. A fiber runs until it must wait: for the other lanes of its
 // warp, for a barrier, for a copy. Blocks are resident a few at a time, and which warp runs next is
-// drawn at random, so that a missing barrier shows. What a kernel may not count on is made bad:
-// shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for, engines see
-// no stores before a fence, and a wait that nothing can end is an error.
+// drawn at random, and so is the order of its lanes, so that a missing barrier shows; where sources
+// tell of their accesses, every race is an error (races.h). What a kernel may not count on is made
+// bad: shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for, engines
+// see no stores before a fence, and a wait that nothing can end is an error.
 
 #include <any>
 #include <cstddef>
@@ -73,6 +74,17 @@ void defer(std::function<void()> operation);
 /// Barrier `idx` of the block; `num_threads` of them must come.
 void barrier(int idx, int num_threads, bool waits);
 
+/// What orders accesses of memory beside barriers: __syncwarp, and fences with atomics.
+void sync_lanes(uint32_t mask);
+void fence();
+struct Atomic {  // while it lives, accesses are those of an atomic
+  explicit Atomic(const void* at);
+  ~Atomic();
+};
+
+/// An access that the instruction at `code` makes; nothing outside a kernel.
+void access_memory(const void* at, int num_bytes, bool writes, const void* code);
+
 void copy_async(void* shared, const void* global, int num_bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int num_groups);
@@ -86,5 +98,6 @@ struct Statistics {
   int64_t matrix_loads = 0, matrix_load_conflicts = 0;
 };
 Statistics& statistics();
+void count_matrix_load(bool collides);
 
 }  // namespace pdiff::emulation

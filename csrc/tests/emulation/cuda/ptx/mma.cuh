@@ -32,8 +32,7 @@ inline void load_matrices_any(uint32_t (&x)[4], const void* shared_row, bool tra
         std::memcpy(matrix[row], from, 16);
         banks |= 1u << (at / 16 % 8);
       }
-      ++emulation::statistics().matrix_loads;
-      emulation::statistics().matrix_load_conflicts += banks != 0xff;
+      emulation::count_matrix_load(banks != 0xff);
       for (int lane = 0; lane < 32; ++lane) {
         const int g = lane / 4, t = lane % 4;
         const uint32_t low = transposed ? matrix[2 * t][g] : matrix[g][2 * t];
