@@ -21,11 +21,11 @@ struct SelectShared {
 /// Confidence, or with alg_temp the Gumbel key whose k best are k draws without replacement; as
 /// ordered bits, 0 for a row that is never written.
 __device__ __forceinline__ uint32_t rank_key(const UnmaskParams& p, int64_t span, int64_t row) {
+  const float confidence = p.confidence[row], alg_temp = p.alg_temp[span];
   if (p.is_nan[row] != 0) return 0;
-  const float alg_temp = p.alg_temp[span];
-  if (!(alg_temp > 0.0f)) return ordered_bits(p.confidence[row]);
+  if (!(alg_temp > 0.0f)) return ordered_bits(confidence);
   const RandomStream stream = random_stream(p, row, span, RandomUse::kPosition);
-  return ordered_bits(p.confidence[row] / alg_temp + gumbel(random_word(stream, 0)));
+  return ordered_bits(confidence / alg_temp + gumbel(random_word(stream, 0)));
 }
 
 /// Of the threads before this one, and of all: how many say yes.
@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpSize)
   const int64_t span = blockIdx.x;
   const int64_t begin = max(int64_t{0}, int64_t{p.cu_rows_span[span]});
   const int64_t end = min(p.num_rows, int64_t{p.cu_rows_span[span + 1]});
+  const auto quota = static_cast<uint32_t>(max(p.num_unmask[span], 0));
   if (begin >= end) return;
 
   if (thread == 0) shared.num_live = 0, shared.best = 0;
@@ -72,11 +73,16 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpSize)
     const uint64_t ranked = uint64_t{key} << 32 | ~static_cast<uint32_t>(row - begin);
     best = max(best, static_cast<unsigned long long>(ranked));
   }
-  atomicAdd(&shared.num_live, num_live);
-  atomicMax(&shared.best, best);
+  // A maximum of 64 bits is a loop of exchanges: one thread of a warp is enough in it.
+  best = warp_reduce(best, [](auto a, auto b) { return max(a, b); });
+  num_live = warp_sum(num_live);
+  if (thread % kWarpSize == 0) {
+    atomicAdd(&shared.num_live, num_live);
+    atomicMax(&shared.best, best);
+  }
   __syncthreads();
   num_live = shared.num_live;
-  uint32_t num = min(static_cast<uint32_t>(max(p.num_unmask[span], 0)), num_live);
+  uint32_t num = min(quota, num_live);
   if (num == 0) return;
   if constexpr (kPrefix) {
     num = sure_prefix(p, span, begin, end, keys, workspace.sorted, num,
