@@ -134,7 +134,8 @@ typedef struct pdiff_hybrid_attention_args {
 pdiff_status pdiff_cpu_hybrid_attention(const pdiff_attention_plan* plan,
                                         const pdiff_hybrid_attention_args* args);
 
-/* Memory of the device that a call needs beside its tensors, of any content; at least 1. */
+/* Memory of the device that a call needs beside its tensors, of any content; at least 1. Until the
+ * call has run it is the call's own: streams do not share one. */
 int64_t pdiff_cuda_hybrid_attention_workspace_bytes(const pdiff_attention_plan* plan);
 
 /* The same on a GPU: bfloat16 or float16, head_dim 64 or 128. Tensors, workspace and the words of
@@ -198,7 +199,7 @@ typedef struct pdiff_unmask_args {
 
 pdiff_status pdiff_cpu_unmask(const pdiff_unmask_args* args);
 
-/* Memory of the device that a call needs beside its tensors; at least 1. */
+/* Memory of the device that a call needs beside its tensors, for itself; at least 1. */
 int64_t pdiff_cuda_unmask_workspace_bytes(const pdiff_unmask_args* args);
 
 /* The same on a GPU, all pointers to the device's memory. A position or id out of range can not be
