@@ -108,6 +108,20 @@ TEST(atomics_do_not_race) {
   CHECK_THROWS(launch(count_kernel, {"count", 3, 64}, {}, &count, false), "a race of block");
 }
 
+__global__ void refresh_kernel(int* x, bool is_constant) {
+  const int before = is_constant ? __ldg(x + threadIdx.x) : x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = before + 1;
+}
+
+TEST(what_is_written_is_no_constant) {
+  std::vector<int> x(64);
+  launch(refresh_kernel, {"refresh", 1, 64}, {}, x.data(), false);
+  CHECK_EQ(x[63], 1);
+  CHECK_THROWS(launch(refresh_kernel, {"refresh", 1, 64}, {}, x.data(), true),
+               "a constant that is written: block 0");
+}
+
 __global__ void bytes_kernel(unsigned char* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<unsigned char>(threadIdx.x);
 }

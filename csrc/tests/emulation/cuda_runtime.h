@@ -245,6 +245,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <typename T>
 T __ldg(const T* at) {
+  const ::pdiff::emulation::Constant constant;
   return *at;
 }
 using std::max;

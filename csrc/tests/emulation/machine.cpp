@@ -491,7 +491,10 @@ void sync_lanes(uint32_t mask) {
 void fence() { machine->fiber->witness.fence(); }
 
 Atomic::Atomic(const void* at) { machine->fiber->witness.begin_atomic(at); }
-Atomic::~Atomic() { machine->fiber->witness.end_atomic(); }
+Atomic::~Atomic() { machine->fiber->witness.end_kind(); }
+
+Constant::Constant() { machine->fiber->witness.begin_constant(); }
+Constant::~Constant() { machine->fiber->witness.end_kind(); }
 
 // An error takes effect at the next wait: not every function may be left by an exception.
 void access_memory(const void* at, int num_bytes, bool writes, const void* code) {

@@ -81,6 +81,10 @@ struct Atomic {  // while it lives, accesses are those of an atomic
   explicit Atomic(const void* at);
   ~Atomic();
 };
+struct Constant {  // the same of loads of what nobody writes
+  Constant();
+  ~Constant();
+};
 
 /// An access that the instruction at `code` makes; nothing outside a kernel.
 void access_memory(const void* at, int num_bytes, bool writes, const void* code);

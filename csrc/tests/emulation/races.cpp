@@ -17,7 +17,7 @@ constexpr uintptr_t kWordBytes = 4;
 struct Access {
   uint32_t block, thread, time;
   uint8_t bytes = 0;  // of the word, as bits; 0: there was none
-  bool is_atomic;
+  AccessKind kind;
   const void* code;
 };
 
@@ -73,7 +73,7 @@ void Witness::fence() {
 }
 
 void Witness::begin_atomic(const void* at) {
-  is_atomic_ = true;
+  kind_ = AccessKind::kAtomic;
   Clock& told = told_by_atomics[at];
   heard_.learn(told);
   told.learn(fenced_);
@@ -83,17 +83,23 @@ std::string Witness::access(uintptr_t begin, int num_bytes, bool writes, const v
   const uintptr_t end = begin + static_cast<uintptr_t>(num_bytes);
   std::string race;
   for (uintptr_t at = begin / kWordBytes * kWordBytes; at < end; at += kWordBytes) {
-    Access mine{block_, thread_, time(), 0, is_atomic_, code};
+    Access mine{block_, thread_, time(), 0, kind_, code};
     for (uintptr_t i = 0; i < kWordBytes; ++i) {
       if (at + i >= begin && at + i < end) mine.bytes |= static_cast<uint8_t>(1 << i);
     }
     Word& word = words[at];
     const auto check = [&](const Access& other) {
+      if ((other.bytes & mine.bytes) == 0) return;
+      const auto either_is = [&](AccessKind kind) { return other.kind == kind || kind_ == kind; };
       const bool is_own = other.block == block_ && other.thread == thread_;
-      const bool is_apart = (other.bytes & mine.bytes) == 0 || (other.is_atomic && is_atomic_);
-      if (is_own || is_apart || known_.has_reached(other.block, other.thread, other.time)) return;
+      const bool both_atomic = other.kind == AccessKind::kAtomic && kind_ == AccessKind::kAtomic;
+      const bool is_ordered =
+          is_own || both_atomic || known_.has_reached(other.block, other.thread, other.time);
+      const bool is_stale = either_is(AccessKind::kConstant);
+      if (is_ordered && !is_stale) return;
       std::ostringstream text;
-      text << "a race of " << mine << " with " << other;
+      text << (is_stale ? "a constant that is written: " : "a race of ") << mine << " with "
+           << other;
       race = text.str();
     };
     check(word.write);

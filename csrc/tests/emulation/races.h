@@ -5,7 +5,8 @@
 //
 // Barriers and __syncwarp order accesses, and so do a fence and an atomic after it with an atomic
 // elsewhere that comes later and a fence after that. Shuffles, votes and products let lanes meet,
-// but order no memory. Accesses are told of by sources that are compiled with -fsanitize=thread.
+// but order no memory. A load of constants, past the coherent caches, must not meet a write of the
+// same grid in any order. Accesses are told of by sources that are compiled with -fsanitize=thread.
 
 #include <cstdint>
 #include <map>
@@ -25,6 +26,8 @@ class Clock {
   std::map<uint32_t, std::vector<uint32_t>> times_;  // of each block
 };
 
+enum class AccessKind : uint8_t { kPlain, kAtomic, kConstant };
+
 /// A thread, as far as others may rely on what it did.
 class Witness {
  public:
@@ -36,7 +39,8 @@ class Witness {
 
   void fence();
   void begin_atomic(const void* at);
-  void end_atomic() { is_atomic_ = false; }
+  void begin_constant() { kind_ = AccessKind::kConstant; }
+  void end_kind() { kind_ = AccessKind::kPlain; }
 
   /// Notes an access by the instruction at `code`, and tells what it races with: nothing if empty.
   std::string access(uintptr_t begin, int num_bytes, bool writes, const void* code);
@@ -48,7 +52,7 @@ class Witness {
   Clock known_;   // what has happened before, for this thread
   Clock fenced_;  // what had when it last passed a fence: its atomics tell of it
   Clock heard_;   // of by atomics; known after the next fence
-  bool is_atomic_ = false;
+  AccessKind kind_ = AccessKind::kPlain;  // of what it does now
 };
 
 /// Whatever was accessed in a piece of memory, or anywhere, has not been.
