@@ -6,14 +6,16 @@ goes through the same buffers, rounded up as on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import types
 
 import pytest
 import torch
 
 from pdiff_runtime import _C, LLM, Decoder, EngineConfig, GenerationParams, ops
 from pdiff_runtime.bench.models import TAGS, planning_model, random_prompt
-from pdiff_runtime.engine.graphs import CapturedForwards, Graphs, Recent
+from pdiff_runtime.engine.graphs import Captured, CapturedForwards, Graphs, Recent
 from pdiff_runtime.models import ModelConfig
 
 ON_GPU = torch.cuda.is_available()
@@ -157,6 +159,33 @@ def test_rows_of_an_earlier_batch_are_gone(model, kernels, graphs):
         llm.engine.abort(["goes"])
         assert llm.generate(*later)[0].rounds == expected
     assert graphs.num_replayed > 0
+
+
+def test_a_capture_short_of_memory_leaves_no_graph(monkeypatch):
+    # As torch's: a capture ends with what was recorded, whatever is raised in it.
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
+    graphs = object.__new__(Graphs)
+    graphs._pool = graphs._stream = None
+    is_short = False
+    num_run = 0
+
+    def run():
+        nonlocal num_run
+        num_run += 1
+        if is_short:
+            raise torch.OutOfMemoryError("none left")
+        return torch.tensor(num_run)
+
+    captured = Captured(run, graphs)
+    assert [captured().item() for _ in range(2)] == [1, 2]
+    is_short = True
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            captured()
+    is_short = False
+    assert [captured().item() for _ in range(3)] == [5, 5, 5]  # the result of the capture
+    assert num_run == 5
 
 
 def test_the_least_recent_goes():

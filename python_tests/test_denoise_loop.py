@@ -165,7 +165,7 @@ def test_out_of_memory_takes_the_other_way(plain, ahead, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_captured_steps_write_what_eager_ones_do():
+def test_captured_cuda_steps_write_what_eager_ones_do():
     config = ModelConfig(
         vocab_size=640, hidden_size=256, num_layers=2, num_heads_q=4, num_heads_kv=2, head_dim=64,
         intermediate_size=512,
