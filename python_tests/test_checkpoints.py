@@ -296,7 +296,7 @@ def test_the_hubs_cache_is_read_offline(tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abc")
     result = subprocess.run(
-        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-P", "-c", OFFLINE], capture_output=True, text=True, timeout=120,
         env={"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin",
              "PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip

@@ -89,7 +89,7 @@ def test_it_learns(encoder, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_sees_the_losses_of_a_cpu(encoder, tmp_path):
+def test_cuda_sees_the_losses_of_a_cpu(encoder, tmp_path):
     """Documents and noise are the same, so only rounding differs; a checkpoint moves between."""
     losses = {}
     for device in ("cpu", "cuda"):

@@ -26,7 +26,7 @@ NAMES = [
 ]  # fmt: skip
 MOST_STACK_BYTES = 128
 """Of the one kernel that keeps a few numbers of a task there while it walks the task's rows; Triton
-3.7 makes them 36 bytes at most, 3.9 up to 80."""
+3.6 and 3.7 make them 36 bytes at most, 3.9 up to 80."""
 PRODUCT = {80: "HMMA", 90: "HGMMA"}
 
 
@@ -71,7 +71,7 @@ def test_every_kernel_is_compiled(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_spills(name, arch, folder):
     (kernel,) = sass.kernels_of(sass.find_cuobjdump(), folder / f"sm_{arch}-{name}.cubin")
-    most = MOST_STACK_BYTES if name == "dk_dv_128" else 0
+    most = MOST_STACK_BYTES if name.startswith("dk_dv") else 0
     assert kernel.resources["STACK"] <= most, kernel.resources
     assert kernel.resources["LOCAL"] == 0
 
