@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
-from pdiff_runtime import ControlTokens
+from pdiff_runtime import ControlTokens, ops
 from pdiff_runtime.train import apply_noise, hybrid_loss, hybrid_targets, hybrid_weights
 from pdiff_runtime.train.loss import KIND_AR, KIND_SPAN
 
@@ -90,6 +92,31 @@ def test_no_targets_give_a_zero_loss():
         prompt_lens=torch.tensor([4]),
     )  # fmt: skip
     assert loss.item() == 0.0
+
+
+def test_labels_and_weights_go_where_the_logits_are(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        ops, "weighted_cross_entropy",
+        lambda *tensors, normaliser: seen.extend(tensors) or types.SimpleNamespace(loss=None),
+    )  # fmt: skip
+    hybrid_loss(torch.empty(len(IDS), 30, device="meta"), IDS, IDS, TAGS, t=0.5)
+    assert [tensor.device.type for tensor in seen] == ["meta"] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_and_loss_of_cuda_tensors():
+    generator = torch.Generator().manual_seed(0)
+    u, logits = torch.rand(13, generator=generator), torch.randn(13, 30, generator=generator)
+    t = torch.tensor([0.7])
+    noised = apply_noise(IDS, TAGS, t=t, u=u)
+    on_gpu = apply_noise(IDS.cuda(), TAGS, t=t.cuda(), u=u.cuda())
+    assert on_gpu.is_cuda
+    assert torch.equal(on_gpu.cpu(), noised)
+    expected = hybrid_loss(logits, IDS, noised, TAGS, t=t)
+    for ids, seen in ((IDS, noised), (IDS.cuda(), on_gpu)):
+        loss = hybrid_loss(logits.cuda(), ids, seen, TAGS, t=t)
+        torch.testing.assert_close(loss.cpu(), expected)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ KIND_AR, KIND_SPAN = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class HybridWeights:
-    """What each logits row predicts and how much it counts.
+    """What each logits row predicts and how much it counts, on the CPU.
 
     Attributes:
         labels: ``[n]`` int64, ``IGNORE`` where the row carries no loss.
@@ -65,6 +65,7 @@ def hybrid_weights(
     Raises:
         ValueError: Shapes that do not fit together, malformed spans, or an unknown mode.
     """
+    token_ids, noised = token_ids.cpu(), noised.cpu()
     bounds = document_bounds(token_ids, cu_seqlens)
     check_compat(compat)
     if noised.shape != token_ids.shape:
@@ -132,12 +133,15 @@ def hybrid_loss(
     """The loss of packed documents from their whole logits ``[n, vocab_size]``, a scalar.
 
     The training loop computes logits only for rows that carry loss; this is the convenience for
-    everyone else. Arguments as in :func:`hybrid_weights`.
+    everyone else. Arguments as in :func:`hybrid_weights`; only where the logits are matters.
     """
     weights = hybrid_weights(
         token_ids, noised, tags, t=t, cu_seqlens=cu_seqlens, prompt_lens=prompt_lens, mode=mode,
         compat=compat,
     )  # fmt: skip
+    labels, weight, kind = (
+        x.to(logits.device) for x in (weights.labels, weights.weight, weights.kind)
+    )
     return ops.weighted_cross_entropy(
-        logits, weights.labels, weights.weight, weights.kind, normaliser=weights.normaliser
+        logits, labels, weight, kind, normaliser=weights.normaliser
     ).loss

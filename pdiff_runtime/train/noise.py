@@ -44,7 +44,7 @@ def apply_noise(
         compat: "published" hides the tags of spans too.
 
     Returns:
-        ``[n]`` token ids, a new tensor.
+        ``[n]`` token ids, a new tensor where ``token_ids`` is.
 
     Raises:
         ValueError: Shapes that do not fit together, malformed spans, or an unknown mode.
@@ -61,8 +61,8 @@ def apply_noise(
         ]
     )
     noisable &= ~in_prompt(bounds, prompt_lens)
-    hidden = noisable & (u < per_token(t, bounds))
-    return torch.where(hidden, tags.mask, token_ids)
+    hidden = noisable & (u.cpu() < per_token(t, bounds))
+    return torch.where(hidden.to(token_ids.device), tags.mask, token_ids)
 
 
 def check_compat(compat: str | None) -> None:
@@ -94,5 +94,5 @@ def in_prompt(bounds: list[tuple[int, int]], prompt_lens: Tensor | None) -> Tens
 def per_token(values: Tensor | float, bounds: list[tuple[int, int]]) -> Tensor:
     """Repeat one fp32 value per document over its tokens: ``[n]``."""
     lengths = torch.tensor([hi - lo for lo, hi in bounds])
-    values = torch.as_tensor(values, dtype=torch.float32).reshape(-1).expand(len(bounds))
-    return torch.repeat_interleave(values, lengths)
+    values = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+    return torch.repeat_interleave(values.reshape(-1).expand(len(bounds)), lengths)
