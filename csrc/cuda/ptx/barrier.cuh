@@ -57,11 +57,6 @@ __device__ __forceinline__ void barrier_wait(int idx, int num_threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
 }
 
-/// Counts at the barrier without waiting.
-__device__ __forceinline__ void barrier_arrive(int idx, int num_threads) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
-}
-
 /// What a warpgroup's threads may use of the block's registers, from its first instruction on.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {

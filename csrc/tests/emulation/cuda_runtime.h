@@ -65,7 +65,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 // Threads.
 
 inline void __syncthreads() {
-  ::pdiff::emulation::barrier(0, static_cast<int>(unsigned{blockDim.x}), true);
+  ::pdiff::emulation::barrier(0, static_cast<int>(unsigned{blockDim.x}));
 }
 
 namespace pdiff::emulation {

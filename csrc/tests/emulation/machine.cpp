@@ -440,7 +440,7 @@ void defer(std::function<void()> operation) {
   machine->fiber->block->deferred.push_back(std::move(operation));
 }
 
-void barrier(int idx, int num_threads, bool waits) {
+void barrier(int idx, int num_threads) {
   if (idx < 0 || idx >= kNumBarriers) fail("barrier: expected index 0 to 15");
   if (num_threads % kWarpSize != 0 && num_threads != static_cast<int>(machine->block.x)) {
     fail("barrier: expected a multiple of 32 threads");
@@ -468,7 +468,6 @@ void barrier(int idx, int num_threads, bool waits) {
     made_progress();
   };
   if (is_full()) release();
-  if (!waits) return;
   while (barrier.generation == generation) {
     wait("a barrier");
     if (barrier.generation == generation && is_full()) release();

@@ -72,7 +72,7 @@ void together_in_warpgroup(const char* what, void* mine,
 void defer(std::function<void()> operation);
 
 /// Barrier `idx` of the block; `num_threads` of them must come.
-void barrier(int idx, int num_threads, bool waits);
+void barrier(int idx, int num_threads);
 
 /// What orders accesses of memory beside barriers: __syncwarp, and fences with atomics.
 void sync_lanes(uint32_t mask);

@@ -53,10 +53,7 @@ static_assert(sizeof(CopyBarrier) == 8);
 
 inline void fence_barriers() {}
 inline void fence_async_copies() { emulation::publish_shared_memory(); }
-inline void barrier_wait(int idx, int num_threads) { emulation::barrier(idx, num_threads, true); }
-inline void barrier_arrive(int idx, int num_threads) {
-  emulation::barrier(idx, num_threads, false);
-}
+inline void barrier_wait(int idx, int num_threads) { emulation::barrier(idx, num_threads); }
 template <int kRegisters>
 void raise_registers() {
   emulation::set_registers(kRegisters);
