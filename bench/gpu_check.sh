@@ -38,11 +38,11 @@ smoke="${GPU_CHECK_SMOKE:-}"
 # the sanitizers and the suite have to do with what is left.
 limit_of() {
   case "$1" in
-    build) echo 150 ;;
+    build) echo 130 ;;
     tests) echo 90 ;;
-    rows | model) echo 60 ;;
-    attention) echo 85 ;;
-    sm90a_tests) echo 75 ;;
+    attention) echo 100 ;;
+    rows | sm90a_tests) echo 70 ;;
+    model) echo 60 ;;
     sm90a_attention) echo 40 ;;
     memcheck | sm90a_memcheck) echo 50 ;;
     racecheck) echo 60 ;;
@@ -97,47 +97,65 @@ for row in environment().rows(): print(*row, sep="  ")'
   fi
 }
 
-# A call into C that hangs cannot be interrupted: the process ends with a dump of its stacks.
-# pytest SECONDS_A_TEST ARGUMENTS...
+needs() { has_module "$1" || { echo "no $1"; exit "$skipped"; }; }
+
+# pytest SECONDS ARGUMENTS...: stops after so long, and says what has failed by then. What tests
+# start imports what they do: in the tree there is no core.
 pytest() {
-  has_module pytest || { echo "no pytest"; return "$skipped"; }
-  local options=(-q -p no:cacheprovider)
-  if [[ -z $smoke ]] && has_module xdist; then options+=(-n 6 --dist worksteal); fi
+  local options=(-q -p no:cacheprovider) seconds_a_test=$(($1 < 66 ? $1 - 6 : 60))
+  # A call into C that hangs cannot be interrupted: the process ends with a dump of its stacks.
   if has_module pytest_timeout; then
-    options+=("--timeout=$1" --timeout-method=thread)
+    options+=("--timeout=$seconds_a_test" --timeout-method=thread)
   else
-    options+=(-o "faulthandler_timeout=$1") # dumps, and lets it hang
+    options+=(-o "faulthandler_timeout=$seconds_a_test") # dumps, and lets it hang
   fi
-  OMP_NUM_THREADS=2 "$python" -P -m pytest "${options[@]}" "${@:2}"
+  PYTHONSAFEPATH=1 OMP_NUM_THREADS=2 timeout --foreground --signal=INT --kill-after=3 "$(($1 - 4))" \
+    "$python" -m pytest "${options[@]}" "${@:2}"
 }
 
-stage_tests() {
-  if [[ -n $smoke ]]; then
-    pytest 100 python_tests/test_attention_plan.py python_tests/test_cuda_code.py -k "not sm90a"
+# all_tests EXPRESSION: by six processes, among which pytest-xdist deals out the tests if it is there.
+all_tests() {
+  if has_module xdist; then
+    pytest "$limit" -n 6 --dist worksteal python_tests -k "$1"
   else
-    pytest 60 python_tests -k "$gpu_cases and not sm90a"
+    printf '%s\n' python_tests/test_*.py |
+      awk '{ files[NR % 6] = files[NR % 6] " " $0 } END { for (i in files) print files[i] }' |
+      xargs -P 6 -L 1 "$BASH" bench/gpu_check.sh --call tests_of "$limit" "$1"
+  fi
+}
+
+# tests_of SECONDS EXPRESSION FILES...: an error where one fails, not where there are none.
+tests_of() { pytest "$1" -k "$2" "${@:3}" || (($? == 5)); }
+
+stage_tests() {
+  needs pytest
+  if [[ -n $smoke ]]; then
+    pytest "$limit" python_tests/test_attention_plan.py python_tests/test_cuda_code.py -k "not sm90a"
+  else
+    all_tests "$gpu_cases and not sm90a"
   fi
 }
 
 # One process a file, one after another: what hangs takes no other file's results along.
 stage_sm90a_tests() {
   local files i num_failed=0 seconds
+  needs pytest
   files=(python_tests/test_hybrid_attention_backward_cuda.py)
   [[ -n $smoke ]] || files=(python_tests/test_hybrid_attention_cuda.py "${files[@]}" python_tests/test_cuda_code.py)
   for ((i = 0; i < ${#files[@]}; ++i)); do
     seconds=$(((limit - SECONDS - 3) / (${#files[@]} - i))) # a share of what is left
     echo "== ${files[i]}, at most $seconds s"
-    within "$((seconds - 2))" pytest "$((seconds - 4))" "${files[i]}" -k sm90a ||
-      num_failed=$((num_failed + 1))
+    pytest "$seconds" "${files[i]}" -k sm90a || num_failed=$((num_failed + 1))
   done
   return "$num_failed"
 }
 
 stage_suite() {
+  needs pytest
   if [[ -n $smoke ]]; then
-    pytest 100 python_tests/test_schedule.py
+    pytest "$limit" python_tests/test_schedule.py
   else
-    pytest 60 python_tests -k "not ($gpu_cases) and not sm90a"
+    all_tests "not ($gpu_cases) and not sm90a"
   fi
 }
 

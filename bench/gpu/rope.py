@@ -1,4 +1,8 @@
-"""Rotary embedding and the write of keys and values into pages, against torch's several passes."""
+"""Rotary embedding and the write of keys and values into pages, against torch's several passes.
+
+Inputs are not rotated: those of a denoise step are in the L2 cache when a model has just made them,
+too, so their rate may be beyond the memory's.
+"""
 
 from __future__ import annotations
 
