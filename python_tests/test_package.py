@@ -168,6 +168,26 @@ def test_kernels_for_a_device_without_ptx():
     assert kernels_for((9, 0), ("80",)) == "PTX"
 
 
+@pytest.mark.parametrize(
+    ("compute_capability", "reason"),
+    [
+        ((7, 5), "no device of compute capability 8.0 or higher"),
+        ((8, 9), ""),
+        ((9, 0), "built for 80-real, which no device here runs"),
+    ],
+)
+def test_a_device_without_kernels_says_why(compute_capability, reason, monkeypatch):
+    device = {"name": "GPU", "compute_capability": compute_capability, "num_sms": 1,
+              "memory_bytes": 1}  # fmt: skip
+    monkeypatch.setattr(_C, "built_with_cuda", True)
+    monkeypatch.setattr(_C, "cuda_architectures", "80-real")
+    monkeypatch.setattr(_C, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr(_C, "cuda_device", lambda _: device)
+    monkeypatch.setattr(_C, "cuda_kernels", lambda _: "portable")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert environment().unavailable.get("cuda", "") == reason
+
+
 @pytest.mark.skipif(_C.cuda_device_count() == 0, reason=_C.cuda_unavailable_reason())
 def test_every_cuda_device_runs_a_kernel():
     for device_idx in range(_C.cuda_device_count()):

@@ -135,8 +135,10 @@ def _why_no_cuda(devices: tuple[CudaDevice, ...]) -> str:
         return _C.cuda_unavailable_reason()
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
-    if all(device.kernels == "none" for device in devices):
+    if all(device.compute_capability < MIN_COMPUTE_CAPABILITY for device in devices):
         return f"no device of compute capability {MIN_COMPUTE_CAPABILITY[0]}.0 or higher"
+    if all(device.kernels == "none" for device in devices):
+        return f"built for {_C.cuda_architectures}, which no device here runs"
     return ""
 
 
