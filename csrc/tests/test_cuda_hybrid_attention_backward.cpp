@@ -284,6 +284,19 @@ TEST(matrix_loads_do_not_collide) {
   CHECK_EQ(pdiff::emulation::statistics().matrix_load_conflicts, 0);
 }
 
+TEST(a_device_of_99_kilobytes_takes_the_smaller_heads) {
+  pdiff::emulation::Device& device = pdiff::emulation::device();
+  const pdiff::emulation::Device usual = device;
+  device.max_shared_bytes = 99 * 1024;
+  std::mt19937 random(4);
+  const Batch small{{pdiff::test::random_document(random, 4)}, 1, 1, 64, DType::kBFloat16};
+  const Case problem(small, random);
+  problem.check(problem.run());
+  const Batch large{{pdiff::test::random_document(random, 4)}, 1, 1, 128, DType::kBFloat16};
+  CHECK_THROWS(Case(large, random).run(), "hybrid_attention_backward: queries: needs 10");
+  device = usual;
+}
+
 TEST(wrong_arguments_are_named) {
   std::mt19937 random(3);
   const Batch batch{{pdiff::test::random_document(random, 4)}, 1, 1, 96, DType::kBFloat16};

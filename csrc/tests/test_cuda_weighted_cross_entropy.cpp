@@ -124,10 +124,17 @@ TEST(rows_of_all_sizes_stay_in_their_memory) {
 }
 
 TEST(a_row_may_be_larger_than_shared_memory) {
+  emulation::Device& device = emulation::device();
+  const emulation::Device usual = device;
+  device.max_shared_bytes = 99 * 1024;
   for (const int vocab_size : {55000, 60013}) {
     check_rows<bfloat16>(DType::kBFloat16, 7, vocab_size, 1, true);
   }
   check_rows<float>(DType::kFloat32, 5, 27001, 1, false);
+  device = usual;
+  for (const int vocab_size : {60013, 152064}) {
+    check_rows<bfloat16>(DType::kBFloat16, 4, vocab_size, 0, true);
+  }
 }
 
 TEST(no_rows_are_nothing) { check_rows<float>(DType::kFloat32, 0, 10, 0, true); }

@@ -254,7 +254,7 @@ using std::min;
 // The runtime: one device, whose memory is the host's.
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorUnknown = 999 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -284,14 +284,15 @@ inline cudaError_t cudaGetDevice(int* device_idx) { return *device_idx = 0, cuda
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? 3
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024
+  const ::pdiff::emulation::Device& device = ::pdiff::emulation::device();
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.num_sms
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.max_shared_bytes
            : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
                                                                   : 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int) {
-  *prop = {"emulated on the CPU", 9, 0, 3, size_t{1} << 30};
+  *prop = {"emulated on the CPU", 9, 0, ::pdiff::emulation::device().num_sms, size_t{1} << 30};
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t num_bytes, cudaStream_t) {
@@ -307,8 +308,9 @@ cudaError_t cudaMalloc(T** memory, size_t num_bytes) {
 }
 inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  return bytes <= ::pdiff::emulation::device().max_shared_bytes ? cudaSuccess
+                                                                : cudaErrorInvalidValue;
 }
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),

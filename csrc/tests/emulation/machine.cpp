@@ -335,11 +335,11 @@ void complete(std::vector<Copy>& copies) {
 }  // namespace
 
 void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>& body) {
-  constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of sm_90
   PDIFF_CHECK(machine == nullptr, "emulation: a kernel can not start a kernel");
   PDIFF_CHECK(grid.x > 0 && block.x > 0 && block.x <= 1024, "launch: invalid configuration ",
               grid.x, " x ", block.x);
-  PDIFF_CHECK(shared_bytes <= kMaxSharedBytes, "launch: ", shared_bytes, " bytes of shared memory");
+  PDIFF_CHECK(shared_bytes <= device().max_shared_bytes, "launch: ", shared_bytes,
+              " bytes of shared memory");
   static std::mt19937 random(20240229);
   Machine here;
   here.grid = grid;
@@ -351,6 +351,11 @@ void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>&
   run_blocks(random);
   machine = nullptr;
   PDIFF_CHECK(here.error.empty(), here.error);
+}
+
+Device& device() {
+  static Device here;
+  return here;
 }
 
 Dim thread_idx() { return {static_cast<unsigned>(machine->fiber->thread), 0, 0}; }

@@ -22,6 +22,13 @@ struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };
 
+/// What launches ask about; a test may change it.
+struct Device {
+  int num_sms = 3;
+  int max_shared_bytes = 227 * 1024;  // of a block; sm_90's
+};
+Device& device();
+
 /// Runs one grid. Throws pdiff::Error on a deadlock, on diverged lanes, on a misaligned address.
 void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>& body);
 
