@@ -99,17 +99,17 @@ for row in environment().rows(): print(*row, sep="  ")'
 
 needs() { has_module "$1" || { echo "no $1"; exit "$skipped"; }; }
 
-# pytest SECONDS ARGUMENTS...: stops after so long, and says what has failed by then. What tests
-# start imports what they do: in the tree there is no core.
+# pytest SECONDS ARGUMENTS...: stops after so long, and says what has failed by then; a line for each
+# test tells where it hung. What tests start imports what they do: in the tree there is no core.
 pytest() {
-  local options=(-q -p no:cacheprovider) seconds_a_test=$(($1 < 66 ? $1 - 6 : 60))
+  local options=(-v -p no:cacheprovider) seconds_a_test=$(($1 < 67 ? $1 - 7 : 60))
   # A call into C that hangs cannot be interrupted: the process ends with a dump of its stacks.
   if has_module pytest_timeout; then
     options+=("--timeout=$seconds_a_test" --timeout-method=thread)
   else
     options+=(-o "faulthandler_timeout=$seconds_a_test") # dumps, and lets it hang
   fi
-  PYTHONSAFEPATH=1 OMP_NUM_THREADS=2 timeout --foreground --signal=INT --kill-after=3 "$(($1 - 4))" \
+  PYTHONSAFEPATH=1 OMP_NUM_THREADS=2 timeout --foreground --signal=INT --kill-after=4 "$(($1 - 5))" \
     "$python" -m pytest "${options[@]}" "${@:2}"
 }
 
@@ -265,7 +265,7 @@ for name in "${all_stages[@]}"; do
   { echo "==> $name: $outcome"; cat "$log"; } >>"$out/log.txt"
   if [[ $outcome == failed || $outcome == timeout ]]; then
     num_failed=$((num_failed + 1))
-    grep -aE '^(FAILED|ERROR|E  |.*(Error|error:|crashed))' "$log" | cut -c 1-200 | tail -n 12
+    grep -aE '^(FAILED|ERROR|E  |.*(Error|error:|crashed| FAILED))' "$log" | cut -c 1-200 | tail -n 12
   fi
 done
 
