@@ -446,6 +446,11 @@ def test_parameters_are_shared_and_the_engine_is_kept(model, tiny_tags, monkeypa
     assert len(built) == 4
     assert built[-1].model.lm_head.weight is model.lm_head.weight
 
+    for parameter in model.parameters():  # as a model that goes to another device and comes back
+        parameter.data = parameter.data.clone()
+    planned(model, ids, tiny_tags)
+    assert len(built) == 5
+
 
 def test_training_between_two_calls_is_seen(model, tiny_tags):
     ids = random_ids(2, 200)  # more than a page of keys

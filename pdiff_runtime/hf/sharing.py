@@ -21,12 +21,15 @@ class _Key:
     """What an engine was built for.
 
     Attributes:
+        addresses: Of the parameters: captured graphs read that memory, and a model that was moved
+            has other, behind the same objects.
         tokenizer: A Hugging Face tokenizer, or None.
     """
 
     model: ModelConfig
     dtype: torch.dtype
     device: torch.device
+    addresses: tuple[int, ...]
     tokenizer: Any
     tags: ControlTokens | None
     engine: EngineConfig
@@ -52,9 +55,10 @@ def llm_of(
     """
     weight = next(model.parameters())
     config = ModelConfig.from_hf(model.config.to_dict())
-    key = _Key(config, weight.dtype, weight.device, tokenizer, tags, engine_config)
+    addresses = tuple(p.data_ptr() for p in model.parameters())
+    key = _Key(config, weight.dtype, weight.device, addresses, tokenizer, tags, engine_config)
     kept = _KEPT.get(model)
-    if kept is None or kept[0] != key or not _shares(kept[1].model, model):
+    if kept is None or kept[0] != key:
         decoder = share_decoder(model, config)
         llm = LLM(decoder, tags=tags, tokenizer=_tokenizer(tokenizer), config=engine_config)
         kept = _KEPT[model] = key, llm
@@ -94,13 +98,6 @@ def share_decoder(model: Any, config: ModelConfig) -> Decoder:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
     decoder.reset_rope(device)
     return decoder.eval()
-
-
-def _shares(decoder: Decoder, model: Any) -> bool:
-    """Whether a decoder still has the model's parameters: they may have been replaced."""
-    theirs = dict(model.named_parameters())
-    ours = dict(decoder.named_parameters())
-    return ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
 
 
 def _tokenizer(tokenizer: Any) -> Tokenizer | None:
