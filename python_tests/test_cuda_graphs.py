@@ -161,6 +161,18 @@ def test_rows_of_an_earlier_batch_are_gone(model, kernels, graphs):
     assert graphs.num_replayed > 0
 
 
+def test_steps_of_callers_in_inference_mode_and_of_others(model, kernels, graphs):
+    params = GenerationParams(**CASES["planned"])
+    llm = engine_of(model, graphs)
+    token_ids = []
+    for is_inference in (True, False, True):
+        for _ in range(2):  # of which the second one is captured
+            with torch.inference_mode(is_inference):
+                output = llm.generate(random_prompt(40, seed=0), params)[0]
+            token_ids.append(output.token_ids)
+    assert all(each == token_ids[0] for each in token_ids)
+
+
 def test_a_capture_short_of_memory_leaves_no_graph(monkeypatch):
     # As torch's: a capture ends with what was recorded, whatever is raised in it.
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))

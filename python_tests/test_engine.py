@@ -116,6 +116,17 @@ def test_published_commit_differs_from_no_cache(llm):
     assert output.token_ids != expected
 
 
+@pytest.mark.parametrize("kv_commit", ["clean", "published"])
+def test_an_engine_made_in_inference_mode_runs_without(tiny_model, tiny_tags, kv_commit):
+    params = GenerationParams(plan=TWO_ROUNDS, max_tokens=100, kv_commit=kv_commit)
+    outputs = []
+    for is_inference in (False, True):
+        with torch.inference_mode(is_inference):
+            llm = LLM(tiny_model, tags=tiny_tags, config=EngineConfig(page_size=16))
+        outputs.append(llm.generate([PROMPT], params)[0].token_ids)
+    assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize("prompt", [[1], [2, 9, 30], [5, 6, 7, 8, 11, 12], [33] * 20])
 def test_own_plans_equal_no_cache(llm, prompt):
     params = GenerationParams(max_tokens=90, steps_ratio=0.5)

@@ -253,7 +253,6 @@ class _Step:
 
         return read
 
-    @torch.inference_mode()
     def _run(self) -> Tensor:
         """Forward, and write the most certain tokens of each span to ``token_ids``.
 

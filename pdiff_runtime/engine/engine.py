@@ -261,6 +261,7 @@ class Engine:
         """Whether any request waits or runs."""
         return bool(self._requests)
 
+    @torch.inference_mode()  # buffers that stay are written in every step, whoever calls
     def step(self) -> list[Event]:
         """Admit what fits, forward once, and say what happened."""
         with self.runner.on_device():

@@ -87,7 +87,6 @@ class Runner:
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
 
-    @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Predicted]:
         """Forward every row once; the results are in the order of ``works``."""
         rows, token_ids, attend = self.inputs(works, split_keys=self.split_keys)
