@@ -109,6 +109,16 @@ def test_layers_of_other_kinds_run_one_by_one():
         assert not are_side_by_side(linears)
 
 
+def test_hooks_that_come_later_run():
+    linears, project = layers(64, 32), JoinedWeights()
+    x = rows_of(linears)
+    assert_same(project, linears, x)
+    hook = linears[1].register_forward_hook(lambda _module, _args, out: -out)
+    assert_same(project, linears, x)
+    hook.remove()
+    assert_same(project, linears, x)
+
+
 def test_parts_of_one_storage_in_another_order_are_moved():
     whole = torch.randn(96, 48)
     linears = layers(64, 32)

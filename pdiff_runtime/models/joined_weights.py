@@ -45,7 +45,7 @@ class JoinedWeights:
 
     def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
         """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
-        if len(linears) == 1:
+        if len(linears) == 1 or any(map(_has_hooks, linears)):
             return project_at_once(linears, x)
         joint = self._joined.get(linears[0])
         if joint is None or joint.addresses != _addresses(linears):
@@ -61,7 +61,7 @@ def _can_be_joined(linears: Sequence[nn.Linear]) -> bool:
         (type(lin), type(lin.weight), lin.weight.dtype, lin.weight.device, lin.bias is None)
         for lin in linears
     }
-    return len(kinds) == 1 and type(linears[0]) is nn.Linear and not any(map(_has_hooks, linears))
+    return len(kinds) == 1 and type(linears[0]) is nn.Linear
 
 
 def _has_hooks(linear: nn.Linear) -> bool:
