@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 from pdiff_runtime import _C, LLM, Decoder, EngineConfig, GenerationParams, ops
 from pdiff_runtime.bench.models import TAGS, planning_model, random_prompt
@@ -173,12 +174,17 @@ def test_steps_of_callers_in_inference_mode_and_of_others(model, kernels, graphs
     assert all(each == token_ids[0] for each in token_ids)
 
 
-def test_a_capture_short_of_memory_leaves_no_graph(monkeypatch):
-    # As torch's: a capture ends with what was recorded, whatever is raised in it.
+@pytest.fixture
+def recorded(monkeypatch) -> Graphs:
+    """Graphs as torch's: a capture ends with what was recorded, whatever is raised in it."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
     graphs = object.__new__(Graphs)
     graphs._pool = graphs._stream = None
+    return graphs
+
+
+def test_a_capture_short_of_memory_leaves_no_graph(recorded):
     is_short = False
     num_run = 0
 
@@ -189,7 +195,7 @@ def test_a_capture_short_of_memory_leaves_no_graph(monkeypatch):
             raise torch.OutOfMemoryError("none left")
         return torch.tensor(num_run)
 
-    captured = Captured(run, graphs)
+    captured = Captured(run, recorded, nn.Linear(1, 1))
     assert [captured().item() for _ in range(2)] == [1, 2]
     is_short = True
     for _ in range(2):
@@ -198,6 +204,30 @@ def test_a_capture_short_of_memory_leaves_no_graph(monkeypatch):
     is_short = False
     assert [captured().item() for _ in range(3)] == [5, 5, 5]  # the result of the capture
     assert num_run == 5
+
+
+def test_weights_that_were_replaced_are_captured_anew(recorded):
+    linear = nn.Linear(1, 1, bias=False)
+
+    def run():
+        nonlocal num_run
+        num_run += 1
+        return linear.weight.detach().clone()
+
+    captured = Captured(run, recorded, linear)
+    weight = linear.weight
+    replace = (
+        lambda: None,
+        lambda: setattr(weight, "data", torch.full((1, 1), 2.0)),
+        lambda: setattr(linear, "weight", nn.Parameter(torch.full((1, 1), 3.0))),
+        lambda: linear.load_state_dict({"weight": torch.full((1, 1), 4.0)}, assign=True),
+    )
+    for change in replace:
+        change()
+        num_run = 0
+        for _ in range(5):
+            assert torch.equal(captured(), linear.weight)
+        assert num_run == 3  # the third time for the graph
 
 
 def test_the_least_recent_goes():

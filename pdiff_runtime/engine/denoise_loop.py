@@ -210,7 +210,7 @@ class _Step:
         self.top_p = buffer(spans, torch.float32, 1.0)
         self.top_k = buffer(spans, torch.int32)
         self.alg_temp = buffer(spans, torch.float32)
-        self.run = Captured(self._run, runner.graphs)
+        self.run = Captured(self._run, runner.graphs, runner.model)
 
     def load(self, token_ids: list[int], attend: PagedAttention, spans: Sequence[OpenSpan]) -> None:
         """Take a batch; rows and spans beyond it do nothing."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_runtime import ops
 from pdiff_runtime.engine.paged_attention import PagedAttention
@@ -60,20 +60,38 @@ class Graphs:
 class Captured:
     """A function over memory that stays: run as it is until it is warm, then replayed.
 
+    Where the model's tensors are replaced by others, it gets warm again.
+
     Args:
         run: Launches the same work in every call.
         graphs: None runs it as it is for ever.
+        model: What it runs.
     """
 
-    def __init__(self, run: Run, graphs: Graphs | None) -> None:
+    def __init__(self, run: Run, graphs: Graphs | None, model: nn.Module) -> None:
         self._run, self._graphs = run, graphs
+        self._tensors = [
+            held for m in model.modules() for held in (m._parameters, m._buffers) if held
+        ]
+        self._addresses: list[int] = []
         self._num_run = 0
+        self._replay: Run | None = None
 
     def __call__(self) -> Tensor:
-        if self._graphs is not None and self._num_run == _WARM_UP:
-            self._run, self._graphs = self._graphs.capture(self._run), None
-        self._num_run += 1
-        return self._run()
+        if self._graphs is None:
+            return self._run()
+        addresses = [
+            0 if tensor is None else tensor.data_ptr()
+            for held in self._tensors
+            for tensor in held.values()
+        ]
+        if addresses != self._addresses:
+            self._addresses, self._num_run, self._replay = addresses, 0, None
+        if self._replay is None and self._num_run == _WARM_UP:
+            self._replay = self._graphs.capture(self._run)
+        elif self._replay is None:
+            self._num_run += 1
+        return (self._replay or self._run)()
 
 
 class Recent(Generic[K, V]):
@@ -177,7 +195,7 @@ class CapturedForwards:
         def run() -> Tensor:
             return self._model(buffers.token_ids, buffers.attend, self._project)
 
-        return buffers, Captured(run, self._graphs)
+        return buffers, Captured(run, self._graphs, self._model)
 
 
 def set_front(buffer: Tensor, values: Any) -> None:

@@ -51,8 +51,8 @@ class EngineConfig:
         run_ahead: Launch a denoising step before the last one's results are read, where it is
             known that its rows are the same; events come one step later. None: on a GPU.
         cuda_graphs: On a GPU, capture denoising steps and forwards of few rows as graphs, and
-            replay them: the host launches once in place of hundreds of times. Weights may change in
-            place then, but not be replaced by other tensors.
+            replay them: the host launches once in place of hundreds of times. Weights may change
+            then, and be replaced by other tensors, but not layers by other layers.
     """
 
     max_requests: int = 64
