@@ -65,6 +65,7 @@ def test_changed_weights_are_seen():
         linears[0].bias.add_(1)
     assert_same(project, linears, x)
     linears[0].weight = nn.Parameter(torch.zeros_like(linears[0].weight))
+    assert_same(project, linears, x)
     linears[1].bias.data = torch.ones_like(linears[1].bias)
     assert_same(project, linears, x)
     assert are_side_by_side(linears)
@@ -100,11 +101,26 @@ def test_layers_of_other_kinds_run_one_by_one():
         def forward(self, x):
             return 2 * super().forward(x)
 
+    class Scaled(torch.Tensor):  # as weights of few bits are: what is stored is no summand
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs)
+            return out.as_subclass(torch.Tensor) * 3 if func is nn.functional.linear else out
+
+    scaled = layers(64, 32)
+    for linear in scaled:
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Scaled))
     plain, other = layers(64, 32)
     doubled = Doubled(48, 32, bias=False)
     hooked = copy.deepcopy(other)
     hooked.register_forward_hook(lambda _module, _args, out: -out)
-    for linears in ([plain, doubled], [plain, hooked], [plain, *layers(16, bias=True)]):
+    hooked_before = copy.deepcopy(other)
+    hooked_before.register_forward_pre_hook(lambda _module, args: (-args[0],))
+    groups = (
+        [plain, doubled], [doubled, copy.deepcopy(doubled)], [plain, hooked],
+        [plain, hooked_before], [plain, *layers(16, bias=True)], scaled,
+    )  # fmt: skip
+    for linears in groups:
         assert_same(JoinedWeights(), linears, rows_of(linears))
         assert not are_side_by_side(linears)
 
@@ -123,4 +139,19 @@ def test_parts_of_one_storage_in_another_order_are_moved():
     whole = torch.randn(96, 48)
     linears = layers(64, 32)
     linears[1].weight.data, linears[0].weight.data = whole.split([32, 64])
+    assert_same(JoinedWeights(), linears, rows_of(linears))
+
+
+def test_neighbours_that_are_no_rows_of_one_tensor_are_moved():
+    whole = torch.randn(96, 48)
+    for is_turned in ((True, False), (False, True)):
+        linears = layers(48, 48)
+        for linear, part, turned in zip(linears, whole.split(48), is_turned, strict=True):
+            linear.weight.data = part.T if turned else part
+        assert_same(JoinedWeights(), linears, rows_of(linears))
+    memory = bytearray(whole.nbytes)
+    linears = layers(48, 48)
+    for linear, offset in zip(linears, (0, whole.nbytes // 2), strict=True):
+        part = torch.frombuffer(memory, dtype=torch.float32, count=48 * 48, offset=offset)
+        linear.weight.data = part.view(48, 48).copy_(linear.weight.detach())
     assert_same(JoinedWeights(), linears, rows_of(linears))

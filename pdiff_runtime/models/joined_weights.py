@@ -57,11 +57,10 @@ class JoinedWeights:
 
 
 def _can_be_joined(linears: Sequence[nn.Linear]) -> bool:
-    kinds = {
-        (type(lin), type(lin.weight), lin.weight.dtype, lin.weight.device, lin.bias is None)
-        for lin in linears
-    }
-    return len(kinds) == 1 and type(linears[0]) is nn.Linear
+    kinds = {(lin.weight.dtype, lin.weight.device, lin.bias is None) for lin in linears}
+    return len(kinds) == 1 and all(
+        type(lin) is nn.Linear and type(lin.weight) is nn.Parameter for lin in linears
+    )
 
 
 def _has_hooks(linear: nn.Linear) -> bool:
