@@ -96,6 +96,21 @@ def test_layers_can_be_trained_copied_and_saved(tmp_path):
     assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("joins_in_inference", [False, True])
+@pytest.mark.parametrize("made_in_inference", [False, True])
+def test_layers_stay_of_the_mode_they_were_made_in(made_in_inference, joins_in_inference):
+    with torch.inference_mode(made_in_inference):
+        linears = layers(64, 32, bias=True)
+    for linear in linears:
+        linear.requires_grad_(False)
+    with torch.inference_mode(joins_in_inference):
+        assert_same(JoinedWeights(), linears, rows_of(linears))
+    assert are_side_by_side(linears)
+    for parameter in (p for linear in linears for p in linear.parameters()):
+        assert parameter.is_inference() == made_in_inference
+        assert made_in_inference or parameter._version >= 0
+
+
 def test_layers_of_other_kinds_run_one_by_one():
     class Doubled(nn.Linear):
         def forward(self, x):

@@ -79,7 +79,7 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
     first = parameters[0].detach()
     if all(_is_behind(*pair) for pair in itertools.pairwise(parameters)):
         return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
-    with torch.inference_mode(False):  # they may be trained on
+    with torch.inference_mode(first.is_inference()):  # else they may be trained on
         joint = torch.cat([parameter.detach() for parameter in parameters])
         parts = joint.split([len(parameter) for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
