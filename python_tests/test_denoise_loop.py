@@ -81,7 +81,12 @@ def test_requests_share_a_loop(plain, ahead, monkeypatch):
     prompts = [[i, 2, 3] for i in range(1, 7)]
     params = [
         GenerationParams(
-            plan=[[([7], 10 + 2 * i), ([8], 20)]], max_tokens=80, seed=i, temperature=0.5 * (i % 2)
+            plan=[[([7], 10 + 2 * i), ([8], 20)]],
+            max_tokens=80,
+            seed=i,
+            temperature=2.0 * (i % 2),
+            top_k=3 if i == 3 else None,
+            alg_temp=0.5 if i == 4 else 0.0,
         )
         for i in range(6)
     ]
