@@ -96,6 +96,14 @@ def test_layers_can_be_trained_copied_and_saved(tmp_path):
     assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())
 
 
+def test_layers_that_share_a_weight_run_one_by_one():
+    one, other = layers(64, 32)
+    twin = copy.deepcopy(one)
+    twin.weight = one.weight
+    assert_same(JoinedWeights(), [one, twin, other], rows_of([one]))
+    assert one.weight.untyped_storage().nbytes() == one.weight.nbytes
+
+
 @pytest.mark.parametrize("joins_in_inference", [False, True])
 @pytest.mark.parametrize("made_in_inference", [False, True])
 def test_layers_stay_of_the_mode_they_were_made_in(made_in_inference, joins_in_inference):

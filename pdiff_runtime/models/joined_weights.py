@@ -58,8 +58,11 @@ class JoinedWeights:
 
 def _can_be_joined(linears: Sequence[nn.Linear]) -> bool:
     kinds = {(lin.weight.dtype, lin.weight.device, lin.bias is None) for lin in linears}
-    return len(kinds) == 1 and all(
-        type(lin) is nn.Linear and type(lin.weight) is nn.Parameter for lin in linears
+    has_own_weights = len({id(lin.weight) for lin in linears}) == len(linears)
+    return (
+        has_own_weights
+        and len(kinds) == 1
+        and all(type(lin) is nn.Linear and type(lin.weight) is nn.Parameter for lin in linears)
     )
 
 
