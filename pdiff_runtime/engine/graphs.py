@@ -87,11 +87,12 @@ class Captured:
         ]
         if addresses != self._addresses:
             self._addresses, self._num_run, self._replay = addresses, 0, None
-        if self._replay is None and self._num_run == _WARM_UP:
-            self._replay = self._graphs.capture(self._run)
-        elif self._replay is None:
+        if self._replay is None and self._num_run < _WARM_UP:
             self._num_run += 1
-        return (self._replay or self._run)()
+            return self._run()
+        if self._replay is None:
+            self._replay = self._graphs.capture(self._run)
+        return self._replay()
 
 
 class Recent(Generic[K, V]):
