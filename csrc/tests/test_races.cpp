@@ -3,7 +3,7 @@
 
 #include "tests/check.h"
 
-#if PDIFF_EMULATE_CUDA && !defined(__SANITIZE_ADDRESS__)
+#if PDIFF_EMULATE_CUDA && defined(__SANITIZE_THREAD__)
 #include <cuda_runtime.h>
 
 #include <vector>
