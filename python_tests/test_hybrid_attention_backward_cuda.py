@@ -208,3 +208,21 @@ def test_gradients_need_packed_keys():
     out = hybrid_attention(q.requires_grad_(), k, v, plan)
     with pytest.raises(ValueError, match="plan: expected packed keys, got a page table"):
         out.sum().backward()
+
+
+def test_gradients_compile_whole(kernels):
+    plan = AttentionPlan.pack(
+        [layout_of(20)], num_heads_q=2, num_heads_kv=1, head_dim=64, device=CUDA.device, impl="cuda"
+    )
+    leaves = [random(20, heads, 64).to(CUDA.device).requires_grad_() for heads in (2, 1, 1)]
+
+    def gradients(attention):
+        return torch.autograd.grad(attention(*leaves).float().sum(), leaves)
+
+    def eager(q, k, v):  # by the plan's own choice, which tracing has to get through
+        return hybrid_attention(2 * q, k, v, plan)
+
+    torch.compiler.reset()
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(gradients(compiled), gradients(eager), strict=True):
+        torch.testing.assert_close(actual, expected)

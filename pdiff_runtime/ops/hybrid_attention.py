@@ -131,9 +131,14 @@ def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
 
 def _impl_with_gradient(device: torch.device, head_dim: int) -> Impl:
     """CUDA's kernels, or Triton's where blocks of the backward ask for more than the device has."""
+    return Impl.CUDA if _trains_on_cuda(device, head_dim) else Impl.TRITON
+
+
+@torch.compiler.assume_constant_result  # a compiled graph cannot hold a call of the binding
+def _trains_on_cuda(device: torch.device, head_dim: int) -> bool:
     device_idx, _ = cuda_stream(device)
     fits = _C.hybrid_attention_backward_fits(head_dim, device_idx)
-    return Impl.CUDA if fits or why_not(Impl.TRITON, device) else Impl.TRITON
+    return fits or why_not(Impl.TRITON, device) != ""
 
 
 def _check(
