@@ -21,8 +21,7 @@ class _Key:
     """What an engine was built for.
 
     Attributes:
-        addresses: Of the parameters: captured graphs read that memory, and a model that was moved
-            has other, behind the same objects.
+        addresses: Of the parameters, which are others where some were replaced or moved.
         tokenizer: A Hugging Face tokenizer, or None.
     """
 

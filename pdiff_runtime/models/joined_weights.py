@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_runtime.models.decoder import project_at_once
+from pdiff_runtime.ops._library import pointer
 
 
 @dataclasses.dataclass
@@ -100,8 +101,4 @@ def _is_behind(before: Tensor, tensor: Tensor) -> bool:
 
 
 def _addresses(linears: Sequence[nn.Linear]) -> list[int]:
-    return [
-        0 if parameter is None else parameter.data_ptr()
-        for linear in linears
-        for parameter in (linear.weight, linear.bias)
-    ]
+    return [pointer(x) for linear in linears for x in (linear.weight, linear.bias)]
