@@ -435,10 +435,20 @@ def test_there_is_no_second_derivative():
         torch.autograd.grad(gradient.pow(2).sum(), q)
 
 
+def test_auto_by_name_is_the_impl_of_the_plan(monkeypatch):
+    module = importlib.import_module("pdiff_runtime.ops.hybrid_attention")
+    monkeypatch.setattr(module, "select_impl", lambda impl, _: Impl(impl))
+    problem = AttentionProblem("one_span")
+    plan = problem.plan()
+    q, *_ = problem.inputs(plan)
+    plan.impl = Impl.TRITON
+    assert module._select("auto", q, plan) is module._select(Impl.AUTO, q, plan) is Impl.TRITON
+
+
 @pytest.mark.parametrize(("fits", "expected"), [(True, "cuda"), (False, "triton")])
 def test_auto_trains_with_kernels_that_fit_the_gpu(fits, expected, monkeypatch):
     module = importlib.import_module("pdiff_runtime.ops.hybrid_attention")
     monkeypatch.setattr(_C, "hybrid_attention_backward_fits", lambda *_: fits, raising=False)
     monkeypatch.setattr(module, "cuda_stream", lambda _: (0, 0))
     monkeypatch.setattr(module, "why_not", lambda *_: "")
-    assert module._impl_with_gradient(torch.device("cuda"), head_dim=128) == expected
+    assert module._impl_of_backward(torch.device("cuda"), head_dim=128) == expected

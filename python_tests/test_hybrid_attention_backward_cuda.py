@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from pdiff_runtime import _C
 from pdiff_runtime.ops import AttentionPlan, Impl, hybrid_attention, reference
 from pdiff_runtime.testing import Backend, assert_within_budget, use_cuda_kernels
 from pdiff_runtime.testing.problems import LAYOUTS, TAGS, AttentionProblem, document, layout_of
@@ -226,3 +227,16 @@ def test_gradients_compile_whole(kernels):
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(gradients(compiled), gradients(eager), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_backward_whose_blocks_do_not_fit_is_left_to_triton(monkeypatch):
+    triton = Backend(Impl.TRITON)
+    if triton.missing:
+        pytest.skip(triton.missing)
+    problem = AttentionProblem("one_span", 4, 2, 64, F16)
+    plan = problem.plan(**PLACE)
+    inputs = problem.inputs(plan)
+    dout = torch.ones_like(inputs[0])
+    monkeypatch.setattr(_C, "hybrid_attention_backward_fits", lambda *_: False)
+    monkeypatch.delattr(_C, "hybrid_attention_backward_cuda")
+    assert_agrees(inputs, plan, dout)

@@ -103,8 +103,10 @@ def hybrid_attention(
         _check(q, k, v, plan, _CUDA_DTYPES if choice is Impl.CUDA else ELEMENT_TYPES)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if is_traced() or needs_grad:
-        if needs_grad and choice is Impl.CUDA and impl == Impl.AUTO:
-            choice = _impl_with_gradient(q.device, plan.head_dim)
+        if choice is Impl.CUDA and impl == Impl.AUTO:
+            choice = (
+                Impl.AUTO
+            )  # which kernel runs backward is the op's to see, not a traced graph's
         out, lse = torch.ops.pdiff.hybrid_attention(
             q, k, v, plan.words, plan.num_slots, softmax_scale, choice
         )
@@ -119,26 +121,15 @@ def _select(impl: Impl | str, q: Tensor, plan: AttentionPlan) -> Impl:
     """The implementation that runs: by default the one that the plan was packed for."""
     if impl is _AUTO and plan.impl is _CPU:  # spared the checks on every call
         return plan.impl
-    if impl is Impl.AUTO and plan.impl is Impl.CUDA and q.dtype is torch.float32 and q.is_cuda:
-        impl = Impl.TRITON  # walks the same plan
-    choice = select_impl(plan.impl if impl is Impl.AUTO else impl, q.device)
+    if impl == Impl.AUTO:
+        in_float32 = plan.impl is Impl.CUDA and q.dtype is torch.float32 and q.is_cuda
+        impl = Impl.TRITON if in_float32 else plan.impl  # walks the same plan
+    choice = select_impl(impl, q.device)
     if choice is Impl.REFERENCE or plan.impl is Impl.REFERENCE:
         return Impl.REFERENCE
     if (choice is Impl.CPU) != (plan.impl is Impl.CPU):
         raise ValueError(f"plan: expected one packed for {choice}, got one for {plan.impl}")
     return choice
-
-
-def _impl_with_gradient(device: torch.device, head_dim: int) -> Impl:
-    """CUDA's kernels, or Triton's where blocks of the backward ask for more than the device has."""
-    return Impl.CUDA if _trains_on_cuda(device, head_dim) else Impl.TRITON
-
-
-@torch.compiler.assume_constant_result  # a compiled graph cannot hold a call of the binding
-def _trains_on_cuda(device: torch.device, head_dim: int) -> bool:
-    device_idx, _ = cuda_stream(device)
-    fits = _C.hybrid_attention_backward_fits(head_dim, device_idx)
-    return fits or why_not(Impl.TRITON, device) != ""
 
 
 def _check(
@@ -240,7 +231,8 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_slots: int, softmax_scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
-    return _forward(q, k, v, plan, num_slots, softmax_scale, lse, Impl(impl)), lse
+    choice = Impl.CUDA if impl == Impl.AUTO else Impl(impl)
+    return _forward(q, k, v, plan, num_slots, softmax_scale, lse, choice), lse
 
 
 def _backward_op(
@@ -257,6 +249,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    if impl == Impl.AUTO:
+        impl = _impl_of_backward(q.device, q.shape[-1])
     if impl == Impl.TRITON:
         from pdiff_runtime.ops import triton
 
@@ -280,6 +274,13 @@ def _backward_op(
             plan.data_ptr(), plan.numel(), *arguments, torch.get_num_threads()
         )
     return dq, dk, dv
+
+
+def _impl_of_backward(device: torch.device, head_dim: int) -> Impl:
+    """CUDA's kernels, or Triton's where their blocks ask for more than the device has."""
+    device_idx, _ = cuda_stream(device)
+    fits = _C.hybrid_attention_backward_fits(head_dim, device_idx)
+    return Impl.CUDA if fits or why_not(Impl.TRITON, device) else Impl.TRITON
 
 
 def _forward_fake(
