@@ -71,6 +71,20 @@ def test_changed_weights_are_seen():
     assert are_side_by_side(linears)
 
 
+def test_a_part_of_what_there_was_is_seen():
+    linears, project = layers(64, 32, bias=True), JoinedWeights()
+    x = rows_of(linears)
+    assert_same(project, linears, x)
+    for parameter in (linears[1].weight, linears[1].bias):  # at the same address
+        parameter.data = parameter.data[:24]
+    assert_same(project, linears, x)
+    assert_same(project, linears, x)
+    square = layers(48, 48)
+    assert_same(project, square, x)
+    square[0].weight.data = square[0].weight.data.T
+    assert_same(project, square, x)
+
+
 def test_two_engines_share_what_lies_side_by_side():
     linears = layers(64, 32, bias=True)
     first, second = JoinedWeights(), JoinedWeights()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,80 @@ def test_changed_weights_are_seen():
     linears[0].weight = nn.Parameter(torch.zeros_like(linears[0].weight), requires_grad=False)
     assert_same(project, linears, x)
     assert not project(linears, x)[0].any()
+
+
+def replace(linear, name, value):
+    setattr(linear, name, nn.Parameter(value, requires_grad=False))
+
+
+CHANGES = {
+    "in place": lambda layer, name, value: getattr(layer, name).copy_(value),
+    "another tensor": replace,
+    "another memory": lambda layer, name, value: setattr(getattr(layer, name), "data", value),
+    "none": lambda layer, name, value: setattr(layer, name, None),
+}
+
+
+@pytest.mark.parametrize("sizes", [(64,), (64, 32)])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [case for case in itertools.product(CHANGES, ("weight", "bias")) if case != ("none", "weight")],
+)
+def test_every_change_of_a_parameter_is_seen(change, name, sizes):
+    linears, x = layers(*sizes, bias=True), torch.randn(5, 48, dtype=torch.bfloat16)
+    project = PackedWeights()
+    assert_same(project, linears, x)
+    CHANGES[change](linears[-1], name, torch.ones_like(getattr(linears[-1], name)))
+    assert_same(project, linears, x)
+    assert_same(project, linears, x)
+
+
+def test_a_bias_that_comes_later_is_seen():
+    (linear,), x = layers(64), torch.randn(5, 48, dtype=torch.bfloat16)
+    project = PackedWeights()
+    assert_same(project, [linear], x)
+    replace(linear, "bias", torch.ones(64, dtype=torch.bfloat16))
+    assert_same(project, [linear], x)
+
+
+@pytest.mark.parametrize("sizes", [(64,), (64, 32)])
+def test_other_memory_at_an_address_that_became_free_is_seen(sizes):
+    linears, x = layers(*sizes), torch.randn(5, 48, dtype=torch.bfloat16)
+    project = PackedWeights()
+    assert_same(project, linears, x)
+    for value in (0.0, 1.0):  # the second one may lie where the first weight did
+        linears[0].weight.data = torch.full_like(linears[0].weight, value)
+    assert_same(project, linears, x)
+
+
+HOOKS = {
+    "register_forward_hook": lambda _layer, _args, out: -out,
+    "register_forward_pre_hook": lambda _layer, args: (-args[0],),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_that_come_later_run(register):
+    linears, x = layers(64, 32), torch.randn(5, 48, dtype=torch.bfloat16)
+    project = PackedWeights()
+    assert_same(project, linears, x)
+    hook = getattr(linears[1], register)(HOOKS[register])
+    assert_same(project, linears, x)
+    hook.remove()
+    assert_same(project, linears, x)
+
+
+def test_weights_of_a_tensor_subclass_run_as_they_are():
+    class Scaled(torch.Tensor):  # as weights of few bits are: what is stored is no factor
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs)
+            return out.as_subclass(torch.Tensor) * 3 if func is nn.functional.linear else out
+
+    (linear,) = layers(64)
+    weight = linear.weight.detach().as_subclass(Scaled)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    assert_same(PackedWeights(), [linear], torch.randn(5, 48, dtype=torch.bfloat16))
 
 
 def test_weights_made_in_inference_mode():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_runtime.models.decoder import project_at_once
-from pdiff_runtime.ops._library import pointer
+from pdiff_runtime.models.layer_memory import LayerMemory, is_product
 
 
 @dataclasses.dataclass
@@ -24,13 +24,13 @@ class _Joint:
     """What several layers' parameters are parts of.
 
     Attributes:
-        addresses: Of each layer's weight and bias, by which it is seen that they still are.
+        memory: Theirs, by which it is seen that they still are.
     """
 
     weight: Tensor
     bias: Tensor | None
     out_features: list[int]
-    addresses: list[int]
+    memory: LayerMemory
 
 
 class JoinedWeights:
@@ -46,10 +46,10 @@ class JoinedWeights:
 
     def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
         """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
-        if len(linears) == 1 or any(map(_has_hooks, linears)):
+        if len(linears) == 1:
             return project_at_once(linears, x)
         joint = self._joined.get(linears[0])
-        if joint is None or joint.addresses != _addresses(linears):
+        if joint is None or not joint.memory.is_of(linears):
             if not _can_be_joined(linears):
                 return project_at_once(linears, x)
             joint = self._joined[linears[0]] = _join(linears)
@@ -58,24 +58,19 @@ class JoinedWeights:
 
 
 def _can_be_joined(linears: Sequence[nn.Linear]) -> bool:
+    if not all(map(is_product, linears)):
+        return False
     kinds = {(lin.weight.dtype, lin.weight.device, lin.bias is None) for lin in linears}
     has_own_weights = len({id(lin.weight) for lin in linears}) == len(linears)
-    return (
-        has_own_weights
-        and len(kinds) == 1
-        and all(type(lin) is nn.Linear and type(lin.weight) is nn.Parameter for lin in linears)
-    )
-
-
-def _has_hooks(linear: nn.Linear) -> bool:
-    return bool(linear._forward_hooks or linear._forward_pre_hooks)
+    return has_own_weights and len(kinds) == 1
 
 
 def _join(linears: Sequence[nn.Linear]) -> _Joint:
     weight = _side_by_side([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = _side_by_side(biases) if biases else None
-    return _Joint(weight, bias, [lin.out_features for lin in linears], _addresses(linears))
+    memory = LayerMemory(linears, is_copied=False)
+    return _Joint(weight, bias, [len(linear.weight) for linear in linears], memory)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
@@ -98,7 +93,3 @@ def _is_behind(before: Tensor, tensor: Tensor) -> bool:
         and before.is_contiguous()
         and tensor.is_contiguous()
     )
-
-
-def _addresses(linears: Sequence[nn.Linear]) -> list[int]:
-    return [pointer(x) for linear in linears for x in (linear.weight, linear.bias)]

@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdiff_runtime.models.decoder import Project, project_at_once
+from pdiff_runtime.models.layer_memory import LayerMemory, is_product
 
 _MAX_ROWS = 512  # a hint for the order; any number of rows is fine
-_NO_VERSION = -1
 
 
 @dataclasses.dataclass
@@ -26,38 +25,30 @@ class _Packed:
     """Layers side by side.
 
     Attributes:
-        sources: Where each layer keeps its weight, the weight, and its version then.
+        memory: What it was made of.
     """
 
-    sources: list[tuple[dict[str, Any], Tensor, int]]
     packed: Tensor
     bias: Tensor | None
     out_features: list[int]
-
-    def is_of(self, linears: Sequence[nn.Linear]) -> bool:
-        """Whether it was made of these layers, and of the weights they have."""
-        if len(linears) != len(self.sources):
-            return False
-        for linear, (parameters, weight, version) in zip(linears, self.sources, strict=True):
-            if linear._parameters is not parameters or parameters["weight"] is not weight:
-                return False
-            if version != _NO_VERSION and weight._version != version:
-                return False
-        return True
+    memory: LayerMemory
 
 
 class PackedWeights:
     """A :data:`~pdiff_runtime.models.decoder.Project` that keeps a rearranged copy of the weights.
 
-    Weights may change in place or be replaced: the copy is made anew then. Only tensors made in
-    inference mode do not tell when they change.
+    Weights and biases may change in place or be replaced: the copy is made anew then. Only tensors
+    made in inference mode do not tell when they change, nor do others when ``parameter.data`` is
+    written to.
 
     Args:
-        otherwise: Runs the layers it can not help: another device or dtype, a wrapped layer.
+        otherwise: Runs the layers it can not help: another device or dtype, layers that are more
+            than a product.
     """
 
     def __init__(self, otherwise: Project = project_at_once) -> None:
         self._otherwise = otherwise
+        self._product = torch.ops.mkldnn._linear_pointwise  # three look-ups, so not in every call
         # By the first layer of a group; a copy goes with it.
         self._packed: weakref.WeakKeyDictionary[nn.Linear, _Packed] = weakref.WeakKeyDictionary()
 
@@ -70,19 +61,19 @@ class PackedWeights:
 
     def __call__(self, linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
         """``[rows, in_features]`` -> ``[rows, out_features]`` of each layer."""
-        if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
+        if x.dtype is not torch.bfloat16 or not x.is_cpu:
             return self._otherwise(linears, x)
         kept = self._packed.get(linears[0])
-        if kept is None or not kept.is_of(linears):
+        if kept is None or not kept.memory.is_of(linears):
             if not all(map(_can_be_packed, linears)):
                 return self._otherwise(linears, x)
             kept = self._packed[linears[0]] = _pack(linears)
-        out = torch.ops.mkldnn._linear_pointwise(x, kept.packed, kept.bias, "none", [], "")
+        out = self._product(x, kept.packed, kept.bias, "none", [], "")
         return (out,) if len(linears) == 1 else torch.split_with_sizes(out, kept.out_features, 1)
 
 
 def _can_be_packed(linear: nn.Linear) -> bool:
-    return type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16
+    return is_product(linear) and linear.weight.dtype is torch.bfloat16
 
 
 def _pack(linears: Sequence[nn.Linear]) -> _Packed:
@@ -95,8 +86,5 @@ def _pack(linears: Sequence[nn.Linear]) -> _Packed:
              for lin, w in zip(linears, weights, strict=True)]
         )  # fmt: skip
     packed = torch.ops.mkldnn._reorder_linear_weight(side_by_side, _MAX_ROWS)
-    sources = [
-        (lin._parameters, w, _NO_VERSION if w.is_inference() else w._version)
-        for lin, w in zip(linears, weights, strict=True)
-    ]
-    return _Packed(sources, packed, bias, [len(weight) for weight in weights])
+    memory = LayerMemory(linears, is_copied=True)
+    return _Packed(packed, bias, [len(weight) for weight in weights], memory)
