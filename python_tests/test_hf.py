@@ -446,10 +446,29 @@ def test_parameters_are_shared_and_the_engine_is_kept(model, tiny_tags, monkeypa
     assert len(built) == 4
     assert built[-1].model.lm_head.weight is model.lm_head.weight
 
-    for parameter in model.parameters():  # as a model that goes to another device and comes back
-        parameter.data = parameter.data.clone()
-    planned(model, ids, tiny_tags)
-    assert len(built) == 5
+    for factor in (1, 3):  # as a model that goes to another device and comes back, trained perhaps
+        for parameter in model.parameters():
+            parameter.data = factor * parameter.data
+        actual = planned(model, ids, tiny_tags)
+        assert_rows(actual, ids, expected_rows(model, ids.tolist(), tiny_tags), pad=56)
+    assert len(built) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_that_packs_weights_is_built_once(model, tiny_tags, monkeypatch, dtype):
+    model.to(dtype)
+    built = []
+    monkeypatch.setattr(
+        "pdiff_runtime.hf.sharing.LLM", lambda *a, **k: built.append(LLM(*a, **k)) or built[-1]
+    )
+    ids = random_ids(1, 7)
+    config = EngineConfig(prefix_cache=False)
+    for factor in (1, 1, 3):
+        for parameter in model.parameters():
+            parameter.data = factor * parameter.data
+        actual = planned(model, ids, tiny_tags, pdiff_engine_config=config)
+        assert_rows(actual, ids, expected_rows(model, ids.tolist(), tiny_tags), pad=56)
+    assert len(built) == 1
 
 
 def test_training_between_two_calls_is_seen(model, tiny_tags):

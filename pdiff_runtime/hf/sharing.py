@@ -21,14 +21,15 @@ class _Key:
     """What an engine was built for.
 
     Attributes:
-        addresses: Of the parameters, which are others where some were replaced or moved.
+        parameters: Their ids, no others' as long as the engine's decoder holds them. What their
+            memory is, an engine looks at itself.
         tokenizer: A Hugging Face tokenizer, or None.
     """
 
     model: ModelConfig
     dtype: torch.dtype
     device: torch.device
-    addresses: tuple[int, ...]
+    parameters: tuple[int, ...]
     tokenizer: Any
     tags: ControlTokens | None
     engine: EngineConfig
@@ -54,8 +55,8 @@ def llm_of(
     """
     weight = next(model.parameters())
     config = ModelConfig.from_hf(model.config.to_dict())
-    addresses = tuple(p.data_ptr() for p in model.parameters())
-    key = _Key(config, weight.dtype, weight.device, addresses, tokenizer, tags, engine_config)
+    parameters = tuple(map(id, model.parameters()))
+    key = _Key(config, weight.dtype, weight.device, parameters, tokenizer, tags, engine_config)
     kept = _KEPT.get(model)
     if kept is None or kept[0] != key:
         decoder = share_decoder(model, config)
