@@ -231,6 +231,43 @@ def test_a_failing_step_kills_the_engine_and_says_so(llm, monkeypatch, caplog):
     assert llm.generate([PROMPTS[0]], GenerationParams(max_tokens=5))
 
 
+def test_an_error_while_the_engine_stops_ends_every_stream(llm):
+    decode = llm.engine.decode
+
+    async def main():
+        async with AsyncEngine(llm) as engine:
+            tasks = [asyncio.create_task(engine.generate(p, LONG)) for p in PROMPTS]
+            while engine.health().num_running < len(PROMPTS):
+                await asyncio.sleep(0.001)
+            llm.engine.decode = lambda token_ids: {}[0]  # called for the answers that are cut off
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+
+    results = asyncio.run(main())
+    assert {type(result) for result in results} == {EngineDeadError}
+    llm.engine.decode = decode
+    assert not llm.engine.has_work
+    assert llm.engine.allocator.num_free == llm.engine.allocator.num_pages
+    assert llm.generate([PROMPTS[0]], GenerationParams(max_tokens=5))
+
+
+def test_leaving_the_block_may_be_cancelled(llm):
+    async def main():
+        engine = await AsyncEngine(llm).__aenter__()
+        task = asyncio.create_task(engine.generate(PROMPTS[0], SLOW))
+        while engine.health().num_running == 0:
+            await asyncio.sleep(0.001)
+        leaving = asyncio.create_task(engine.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        (output,) = await asyncio.wait_for(task, 10)
+        return output.finish_reason
+
+    assert asyncio.run(main()) == "abort"
+    assert llm.generate([PROMPTS[0]], GenerationParams(max_tokens=5))
+
+
 def test_the_model_serves_one_master(llm):
     async def main():
         async with AsyncEngine(llm) as engine:

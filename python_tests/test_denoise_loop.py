@@ -132,6 +132,28 @@ def test_a_newcomer_and_an_abort_meet_a_step_under_way(plain, ahead):
     assert outputs.keys() == {"stays", "comes"}
 
 
+def test_an_error_while_a_step_is_under_way_costs_nobody_a_token(plain, ahead):
+    params = GenerationParams(
+        mode="diffusion", max_tokens=40, unmask="confidence_threshold", threshold=0.9,
+        seed=1, temperature=1.0, record_steps=True,
+    )  # fmt: skip
+    (alone,) = plain.generate([PROMPT], params)
+    engine, decode = ahead.engine, ahead.engine.decode
+    engine.add("goes", [6, 6, 6], dataclasses.replace(params, max_tokens=6))
+    engine.add("stays", PROMPT, params)
+    engine.decode = lambda token_ids: {}[0]  # for the span that is full first
+    with pytest.raises(KeyError):
+        list(iter(engine.step, None))
+    engine.decode = decode
+    engine.abort(["goes"])
+    outputs = []
+    while engine.has_work:
+        outputs += [e.output for e in engine.step() if isinstance(e, Finished)]
+        engine.check_integrity()
+    assert [output.token_ids for output in outputs] == [alone.token_ids]
+    assert outputs[0].rounds[0].history == alone.rounds[0].history
+
+
 def test_updates_tell_each_step(ahead):
     params = GenerationParams(plan=[[([7], 12)]], max_tokens=40)
     updates = [e for e in ahead.stream(PROMPT, params) if isinstance(e, SpanUpdate)]

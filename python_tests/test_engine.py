@@ -384,6 +384,28 @@ def test_an_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
     assert llm.generate([PROMPT])[0].token_ids == expected
 
 
+@pytest.mark.parametrize("num_decoded", range(0, 12, 3))
+def test_a_decoder_that_fails_leaves_nothing_behind(llm, num_decoded):
+    params = GenerationParams(plan=TWO_ROUNDS, max_tokens=100)
+    expected = llm.generate([PROMPT], params)[0].token_ids
+    decode, calls = llm.engine.decode, iter(range(num_decoded))
+
+    def broken(token_ids):
+        next(calls)
+        return decode(token_ids)
+
+    for call in (lambda: llm.generate([PROMPT, [4, 4]], params), lambda: [*llm.stream([4, 4])]):
+        calls = iter(range(num_decoded))
+        llm.engine.decode = broken
+        with pytest.raises((StopIteration, RuntimeError), match=r"^$|raised StopIteration"):
+            call()
+        llm.engine.decode = decode
+        assert not llm.engine.has_work
+        assert llm.engine.allocator.num_free == llm.engine.allocator.num_pages
+        llm.engine.check_integrity()
+    assert llm.generate([PROMPT], params)[0].token_ids == expected
+
+
 def test_one_call_at_a_time(llm):
     stream = llm.stream(PROMPT, GenerationParams(plan=TWO_ROUNDS, max_tokens=100))
     next(stream)

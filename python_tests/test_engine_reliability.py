@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 
@@ -368,6 +369,36 @@ def test_an_error_within_half_a_batch_is_the_callers_too(tiny_model, tiny_tags, 
         drain(engine)
     engine.abort(engine.request_ids)
     engine.check_integrity()
+    assert engine.allocator.num_free == engine.allocator.num_pages
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_decoder_that_fails_costs_the_request_it_is_called_for(tiny_model, tiny_tags, seed):
+    """Whoever catches what it raises can end all requests, one by one; every page comes back."""
+    chooser = random.Random(seed)
+    engine = make_engine(tiny_model, tiny_tags, run_ahead=seed % 2 == 0)
+    decode, share = engine.decode, chooser.choice([0.03, 0.3, 1.0])
+
+    def broken(token_ids):
+        if chooser.random() < share:
+            raise LookupError("no such token")
+        return decode(token_ids)
+
+    for idx in range(8):
+        case = _random_case(chooser)
+        engine.add(str(idx), case.prompt, case.params, case.rounds, with_text=idx % 2 == 0)
+    engine.decode = broken
+    for request in (*engine.scheduler.waiting, *engine.scheduler.running):
+        if request.reader is not None:
+            request.reader._decode = broken
+    with pytest.raises(LookupError):
+        drain(engine)
+    while engine.has_work:
+        num_open = len(engine.request_ids)
+        with contextlib.suppress(LookupError):
+            engine.abort(engine.request_ids)
+        assert len(engine.request_ids) < num_open
+        engine.check_integrity()
     assert engine.allocator.num_free == engine.allocator.num_pages
 
 

@@ -100,7 +100,6 @@ class AsyncEngine:
         self._is_draining = self._is_stopping = True
         self._command(lambda: None)
         await asyncio.to_thread(self._thread.join)
-        self.llm.release()
 
     async def stream(
         self,
@@ -266,6 +265,7 @@ class AsyncEngine:
     # --- in the thread ---
 
     def _run(self) -> None:
+        left: Exception = OverloadedError("engine: stopped before the request came to it")
         try:
             while not self._is_stopping:
                 with self._wake:
@@ -273,21 +273,13 @@ class AsyncEngine:
                 while self._commands:
                     self._commands.popleft()()
                 self._deliver(self._engine.step())
+            self._deliver(self._engine.abort(self._engine.request_ids))
         except BaseException as error:
             logger.exception("a step failed; the engine is dead")
             self._error = error
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        """End all requests: with "abort", or if the engine is dead with its error."""
-        left: Exception = OverloadedError("engine: stopped before the request came to it")
-        if self._error is None:
-            self._deliver(self._engine.abort(self._engine.request_ids))
-        else:
-            left = EngineDeadError(f"engine: {self._error!r}")
-            with contextlib.suppress(Exception):  # its books may be in any state
-                self._engine.abort(self._engine.request_ids)
+            left = EngineDeadError(f"engine: {error!r}")
+        self._engine.forget_all()
+        self.llm.release()
         self._post(self._fail_all, left)
 
     def _abort(self, stream: _Stream) -> None:

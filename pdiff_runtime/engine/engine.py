@@ -246,6 +246,14 @@ class Engine:
                 self._end(self._requests[request_id], events, "abort")
         return events
 
+    def forget_all(self) -> None:
+        """Drop all requests without a word; nothing of a caller's runs, so nothing is raised."""
+        self.scheduler.remove(self._requests.values())
+        for request in self._requests.values():
+            request.pages.release()
+        self._requests.clear()
+        self._ahead = None
+
     def has_room(self, num_requests: int) -> bool:
         """Whether the queue takes so many more requests; into an empty one any number goes."""
         num_waiting = len(self.scheduler.waiting)
@@ -263,9 +271,17 @@ class Engine:
 
     @torch.inference_mode()  # buffers that stay are written in every step, whoever calls
     def step(self) -> list[Event]:
-        """Admit what fits, forward once, and say what happened."""
+        """Admit what fits, forward once, and say what happened.
+
+        What it raises, an error of the caller's ``decode`` for one, costs the events of the step.
+        The request it came from can only be ended then, the others go on.
+        """
         with self.runner.on_device():
-            return self._step()
+            try:
+                return self._step()
+            except BaseException:
+                self._ahead = None  # of a step whose results not all requests have
+                raise
 
     def _step(self) -> list[Event]:
         events: list[Event] = []
@@ -418,11 +434,11 @@ class Engine:
         self, request: Request, events: list[Event], reason: FinishReason | None = None
     ) -> None:
         """Forget a request that is done, or that ends now for a reason from outside."""
+        self.scheduler.remove([request])
+        del self._requests[request.request_id]
         if reason is not None and not request.is_done:
             request.cut()
             request.finish(reason)
-        self.scheduler.remove([request])
-        del self._requests[request.request_id]
         self._announce(request, events)
         self._tell(request, events)
         events.append(Finished(request.request_id, self._output(request)))

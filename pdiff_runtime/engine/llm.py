@@ -171,7 +171,7 @@ class LLM:
         try:
             yield
         finally:
-            self.engine.abort(self.engine.request_ids)
+            self.engine.forget_all()
             self.release()
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -722,7 +722,8 @@ class Request:
         self.finish("error", error=error)
 
     def finish(self, reason: FinishReason, *, error: GenerationError | None = None) -> None:
-        """End the request and give its pages back."""
+        """Give the request's pages back and end it."""
+        self.pages.release()
         self.finish_reason = reason
         self.clock()
         self.usage.seconds = sum(self.usage.seconds_in.values())
@@ -743,7 +744,6 @@ class Request:
         usage.pad_tokens = sum(
             self.token_ids[slice(*span.content)].count(self.tags.pad) for span in spans
         )
-        self.pages.release()
 
     # --- its pages ---
 
