@@ -428,10 +428,18 @@ def test_prompts_of_other_types_are_refused(llm, prompts):
         llm.generate(prompts)
 
 
-@pytest.mark.parametrize("mode", ["planned", "ar", "diffusion"])
-def test_no_tensor_is_made_on_the_default_device(llm, mode):
+@pytest.mark.parametrize(
+    "config", [{}, {"run_ahead": True}, {"batch_invariant": True}, {"pack_weights": False}], ids=str
+)
+@pytest.mark.parametrize("mode", ["planned", "ar", "diffusion", "fast_dllm", "skeleton"])
+def test_no_tensor_is_made_on_the_default_device(mode, config):
     """Each is made where the model is: with another default device nothing changes."""
-    params = GenerationParams(mode=mode, max_tokens=40, seed=3, temperature=0.7)
-    expected = llm.generate(PROMPT, params)[0].token_ids
-    with torch.device("meta"):
-        assert llm.generate(PROMPT, params)[0].token_ids == expected
+    logprobs = "run_ahead" not in config
+    params = GenerationParams(mode=mode, max_tokens=40, seed=3, temperature=0.7, logprobs=logprobs)
+    answers = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            llm = LLM(config=EngineConfig(kv_cache_tokens=1024, **config))
+            answers.append(llm.generate(["Tell me about Peru: capital, exports."], params)[0])
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[0].logprobs == answers[1].logprobs

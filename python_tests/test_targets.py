@@ -104,6 +104,17 @@ def test_labels_and_weights_go_where_the_logits_are(monkeypatch):
     assert [tensor.device.type for tensor in seen] == ["meta"] * 4
 
 
+@pytest.mark.parametrize("mode", ["planned", "ar", "diffusion"])
+def test_no_tensor_is_made_on_the_default_device(mode):
+    u, logits, t, prompt_lens = torch.rand(13), torch.randn(13, 30), torch.ones(1), torch.ones(1)
+    losses = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            noised = apply_noise(IDS, TAGS, t=t, u=u, prompt_lens=prompt_lens.int(), mode=mode)
+            losses.append(hybrid_loss(logits, IDS, noised, TAGS, t=t, mode=mode))
+    assert torch.equal(*losses)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_noise_and_loss_of_cuda_tensors():
     generator = torch.Generator().manual_seed(0)

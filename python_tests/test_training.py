@@ -88,6 +88,16 @@ def test_it_learns(encoder, tmp_path):
     assert records[-1]["loss_span"] < 0.6 * records[0]["loss_span"]
 
 
+def test_no_tensor_is_made_on_the_default_device(encoder, tmp_path):
+    losses = []
+    for device in ("cpu", "meta"):
+        records: list[dict] = []
+        with torch.device(device):
+            Trainer(recipe(), DOCUMENTS, encoder, tmp_path / device, records.append).train(3)
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_sees_the_losses_of_a_cpu(encoder, tmp_path):
     """Documents and noise are the same, so only rounding differs; a checkpoint moves between."""

@@ -240,7 +240,9 @@ class _Step:
         set_front(self.quota, [span.quota for span in spans])
         set_front(self.step_idx, [span.step_idx for span in spans])
         result = self.run()
-        on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=result.is_cuda)
+        on_host = torch.empty(
+            result.shape, dtype=result.dtype, device="cpu", pin_memory=result.is_cuda
+        )
         on_host.copy_(result, non_blocking=True)  # the next step may write over it
         if not result.is_cuda:
             return on_host.tolist

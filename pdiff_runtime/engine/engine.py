@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import numbers
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -104,11 +104,9 @@ class Engine:
             max_len=min(shape.max_position, num_pages * config.page_size),
             full_attention=shape.full_attention, logits_shift=shape.logits_shift,
         )  # fmt: skip
-        plan_masks = torch.empty(0, shape.vocab_size, dtype=torch.bool)
-        ar_mask = torch.ones(shape.vocab_size, dtype=torch.bool)
-        ar_mask[
-            torch.tensor(sorted({*tags.control_ids, *banned_ids} - {tags.eos}), dtype=torch.int64)
-        ] = False
+        plan_masks = torch.empty(0, shape.vocab_size, dtype=torch.bool, device="cpu")
+        ar_mask = torch.ones(shape.vocab_size, dtype=torch.bool, device="cpu")
+        ar_mask[_ids({*tags.control_ids, *banned_ids} - {tags.eos})] = False
         in_span = {*tags.banned_in_span, *banned_ids} - {tags.pad}
         weight = model.model.embed_tokens.weight
         self.runner = Runner(
@@ -119,9 +117,9 @@ class Engine:
                 device=weight.device,
             ),
             banned={
-                SpanKind.TAGGED: torch.tensor(sorted(in_span), dtype=torch.int64),
-                SpanKind.CANVAS: torch.tensor(sorted(in_span - {tags.eos}), dtype=torch.int64),
-                SpanKind.PUBLISHED: torch.empty(0, dtype=torch.int64),
+                SpanKind.TAGGED: _ids(in_span),
+                SpanKind.CANVAS: _ids(in_span - {tags.eos}),
+                SpanKind.PUBLISHED: _ids(()),
             },
             plan_masks=plan_masks if grammar is None else grammar.masks,
             ar_mask=ar_mask,
@@ -541,6 +539,10 @@ class _Ahead:
     works: list[Work]
     spans: list[OpenSpan]
     launched: Launched
+
+
+def _ids(token_ids: Collection[int]) -> torch.Tensor:
+    return torch.tensor(sorted(token_ids), dtype=torch.int64, device="cpu")
 
 
 def _is_news(work: Work) -> bool:

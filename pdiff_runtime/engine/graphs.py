@@ -196,10 +196,15 @@ class CapturedForwards:
         return buffers, Captured(run, self._graphs, self._model)
 
 
+def on_host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers in memory of the host from which a GPU copies them without a wait."""
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
 def set_front(buffer: Tensor, values: Any) -> None:
     """Write values to the front of a buffer; a GPU gets them without a wait."""
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+        values = on_host(values, buffer.dtype, buffer.device)
     buffer[: len(values)].copy_(values, non_blocking=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdiff_runtime import ops
 from pdiff_runtime.cache import KVCache
-from pdiff_runtime.engine.graphs import CapturedForwards, Graphs
+from pdiff_runtime.engine.graphs import CapturedForwards, Graphs, on_host
 from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.engine.request import Request, Rows, Work, Write, count_rows
 from pdiff_runtime.engine.span import Span, SpanKind
@@ -293,12 +293,11 @@ class Runner:
         self, values: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.int64
     ) -> Tensor:
         """Host numbers on the device of the model; a GPU gets them without a wait."""
-        if self.device.type == "cuda":
-            pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
-            return pinned.to(self.device, non_blocking=True)
-        if isinstance(values, np.ndarray):
+        is_cpu = self.device.type == "cpu"
+        if is_cpu and isinstance(values, np.ndarray):
             return torch.from_numpy(values)
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        tensor = on_host(values, dtype, self.device)
+        return tensor if is_cpu else tensor.to(self.device, non_blocking=True)
 
     def _count(self, end: int) -> Tensor:
         """``0 .. end - 1``, int32."""

@@ -72,7 +72,7 @@ def _of_batch(model: Decoder, pairs: list[Pair], banned: Tensor) -> list[tuple[f
         [SpanLayout.causal(n, n) for n in lengths], num_heads_q=config.num_heads_q,
         num_heads_kv=config.num_heads_kv, head_dim=config.head_dim, device=device,
     )  # fmt: skip
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     attend = PackedAttention(plan, model.cos, model.sin, positions)
     hidden = model(torch.tensor(list(itertools.chain(*inputs)), device=device), attend)
     scored = [

@@ -187,7 +187,7 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
 def _side_by_side(input_ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> Tensor:
     """``[batch, prompt_len]`` and ragged answers -> ``[batch, prompt_len + longest]``."""
     longest = max(map(len, answers))
-    new = torch.full((len(answers), longest), pad, dtype=input_ids.dtype)
+    new = torch.full((len(answers), longest), pad, dtype=input_ids.dtype, device="cpu")
     for row, answer in zip(new, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer, dtype=input_ids.dtype)
+        row[: len(answer)] = torch.tensor(answer, dtype=input_ids.dtype, device="cpu")
     return torch.cat((input_ids, new.to(input_ids.device)), dim=1)

@@ -131,11 +131,16 @@ class Decoder(nn.Module):
         self.reset_rope()
 
     def reset_rope(self, device: torch.device | str | None = None) -> None:
-        """Compute the rotary tables, which checkpoints do not hold."""
+        """Compute the rotary tables, which checkpoints do not hold.
+
+        Args:
+            device: Where they go from the CPU; None makes them on the default device.
+        """
         shape = self.config
         cos, sin = rope_table(
-            shape.max_position, shape.head_dim, shape.rope_theta, shape.rope_scaling
-        )
+            shape.max_position, shape.head_dim, shape.rope_theta, shape.rope_scaling,
+            device=None if device is None else "cpu",
+        )  # fmt: skip
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 

@@ -46,12 +46,17 @@ class Llama3Scaling:
 
 
 def rope_table(
-    max_position: int, head_dim: int, theta: float, scaling: Llama3Scaling | None
+    max_position: int,
+    head_dim: int,
+    theta: float,
+    scaling: Llama3Scaling | None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, each ``[max_position, head_dim / 2]`` fp32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequency = 1.0 / theta**exponent
     if scaling is not None:
         frequency = scaling.apply(frequency)
-    angle = torch.arange(max_position, dtype=torch.float32)[:, None] * frequency
+    position = torch.arange(max_position, dtype=torch.float32, device=device)
+    angle = position[:, None] * frequency
     return angle.cos(), angle.sin()

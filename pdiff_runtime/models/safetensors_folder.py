@@ -95,7 +95,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor in huge pages, if it is large: fresh small ones cost more than what is read."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, num_bytes)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -97,7 +97,7 @@ class PlanGrammar:
     @functools.cached_property
     def masks(self) -> Tensor:
         """``[num_masks, vocab_size]`` bool: the legal tokens by :attr:`PlanState.mask_idx`."""
-        classes = torch.full((self.vocab_size,), _TEXT)
+        classes = torch.full((self.vocab_size,), _TEXT, device="cpu")
         for token_id, token_class in self._class_of.items():
             classes[token_id] = token_class
         return torch.from_numpy(structures.plan_mask_table())[:, classes]

@@ -184,7 +184,7 @@ class PackedDataset:
         ]
         lengths = [len(document.token_ids) for document in documents]
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
-        self.token_ids = torch.tensor([i for d in documents for i in d.token_ids])
+        self.token_ids = torch.tensor([i for d in documents for i in d.token_ids], device="cpu")
         self.labels = torch.cat([target.labels for target in targets])
         self.is_span = torch.cat([target.is_span for target in targets])
         self.is_content = torch.cat([target.is_content for target in targets])
@@ -206,10 +206,10 @@ class PackedDataset:
     def batch(self, indices: np.ndarray) -> PackedBatch:
         """Pack the documents at ``indices``."""
         lengths = torch.from_numpy(self.starts[indices + 1] - self.starts[indices])
-        cu_seqlens = torch.zeros(len(indices) + 1, dtype=torch.int32)
+        cu_seqlens = torch.zeros(len(indices) + 1, dtype=torch.int32, device="cpu")
         cu_seqlens[1:] = lengths.cumsum(0)
         offset = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-        positions = torch.arange(int(cu_seqlens[-1])) - offset
+        positions = torch.arange(int(cu_seqlens[-1]), device="cpu") - offset
         rows = positions + torch.repeat_interleave(torch.from_numpy(self.starts[indices]), lengths)
         return PackedBatch(
             self.token_ids[rows], self.labels[rows], positions, self.is_span[rows],

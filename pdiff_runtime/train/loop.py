@@ -67,7 +67,8 @@ class Trainer:
         self.recipe, self.encoder, self.out_dir, self.log = recipe, encoder, out_dir, log
         self.tags: ControlTokens = encoder.tags
         self.documents = documents
-        self.model = Decoder(recipe.model)
+        with torch.device("cpu"):
+            self.model = Decoder(recipe.model)
         init_weights(self.model, recipe.seed)
         self.model.to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if recipe.compile else self.model
@@ -140,7 +141,7 @@ class Trainer:
             group["lr"] = learning_rate(stage, progress)
         t = stratified_times(len(batch.layouts), generator)
         t = torch.repeat_interleave(t, batch.cu_seqlens.diff())
-        u = torch.rand(batch.token_ids.shape, generator=generator)
+        u = torch.rand(batch.token_ids.shape, generator=generator, device="cpu")
         noised = torch.where(batch.is_content & (u < t), self.tags.mask, batch.token_ids)
         weights = weights_from_targets(batch.labels, batch.is_span, noised, self.tags.mask, t=t)
         rows = (weights.labels != IGNORE).nonzero()[:, 0]
@@ -251,6 +252,6 @@ def stratified_times(num_documents: int, generator: torch.Generator) -> Tensor:
 
     The weight 1 / t has a heavy tail; slices keep its mean steady from batch to batch.
     """
-    jitter = torch.rand(num_documents, generator=generator)
-    slices = torch.randperm(num_documents, generator=generator)
+    jitter = torch.rand(num_documents, generator=generator, device="cpu")
+    slices = torch.randperm(num_documents, generator=generator, device="cpu")
     return time_from_uniform((slices + jitter) / num_documents)

@@ -54,7 +54,7 @@ def apply_noise(
         raise ValueError(f"u: expected shape {list(token_ids.shape)}, got {list(u.shape)}")
     check_compat(compat)
     noisable = torch.cat(
-        [torch.zeros(0, dtype=torch.bool)]
+        [torch.zeros(0, dtype=torch.bool, device="cpu")]
         + [
             targets.is_span if compat == "published" else targets.is_content
             for targets in (hybrid_targets(token_ids[lo:hi], tags, mode=mode) for lo, hi in bounds)
@@ -84,7 +84,7 @@ def document_bounds(token_ids: Tensor, cu_seqlens: Tensor | None) -> list[tuple[
 
 def in_prompt(bounds: list[tuple[int, int]], prompt_lens: Tensor | None) -> Tensor:
     """``[n]`` bool: the first ``prompt_len - 1`` tokens of each document."""
-    result = torch.zeros(bounds[-1][1], dtype=torch.bool)
+    result = torch.zeros(bounds[-1][1], dtype=torch.bool, device="cpu")
     if prompt_lens is not None:
         for (lo, hi), prompt_len in zip(bounds, prompt_lens.tolist(), strict=True):
             result[lo : min(hi, lo + max(0, prompt_len - 1))] = True
@@ -93,6 +93,6 @@ def in_prompt(bounds: list[tuple[int, int]], prompt_lens: Tensor | None) -> Tens
 
 def per_token(values: Tensor | float, bounds: list[tuple[int, int]]) -> Tensor:
     """Repeat one fp32 value per document over its tokens: ``[n]``."""
-    lengths = torch.tensor([hi - lo for lo, hi in bounds])
+    lengths = torch.tensor([hi - lo for lo, hi in bounds], device="cpu")
     values = torch.as_tensor(values, dtype=torch.float32, device="cpu")
     return torch.repeat_interleave(values.reshape(-1).expand(len(bounds)), lengths)

@@ -86,8 +86,8 @@ def hybrid_targets(
     ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
     n = len(ids)
     if mode != "planned":
-        next_ids = torch.tensor([*ids, IGNORE][1:], dtype=torch.int64)
-        is_noisable = torch.full((n,), mode == "diffusion")
+        next_ids = torch.tensor([*ids, IGNORE][1:], dtype=torch.int64, device="cpu")
+        is_noisable = torch.full((n,), mode == "diffusion", device="cpu")
         return HybridTargets(next_ids, is_noisable, is_noisable)
     labels, is_span, is_content = [IGNORE] * n, [False] * n, [False] * n
     for start, end in span_bounds(ids, tags):
@@ -99,7 +99,7 @@ def hybrid_targets(
         if not is_span[p]:
             labels[p], next_ar = next_ar, ids[p]
     return HybridTargets(
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(is_span, dtype=torch.bool),
-        torch.tensor(is_content, dtype=torch.bool),
+        torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        torch.tensor(is_span, dtype=torch.bool, device="cpu"),
+        torch.tensor(is_content, dtype=torch.bool, device="cpu"),
     )
