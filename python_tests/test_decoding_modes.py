@@ -23,7 +23,7 @@ from tiny_engine import (
 from torch import Tensor
 
 from pdiff_runtime import ControlTokens, Decoder, GenerationParams
-from pdiff_runtime.denoise import RULES, num_steps, num_unmask
+from pdiff_runtime.denoise import PUBLISHED_RULES, RULES, Progress, num_steps, num_unmask
 from pdiff_runtime.engine import PlanReady, SpanDone, Text
 from pdiff_runtime.engine.span import Span
 from pdiff_runtime.models import ModelConfig
@@ -601,7 +601,15 @@ def test_plans_that_overshoot_one_another_end_one_by_one(tiny_model, monkeypatch
 
 
 def test_a_carry_is_what_the_last_step_alone_has_left():
-    span = Span(0, 12, (1, 11))
-    for num_written, quota, carry in ((1, 3, 2), (2, 5, 3), (4, 4, 0)):
-        span.stepped(num_written, quota)
-        assert span.progress.carry == carry
+    span, rule = Span(0, 12, (1, 11)), PUBLISHED_RULES["confidence_threshold"]
+    span.num_steps = 4
+    for num_written, quota in ((1, 2), (1, 4), (5, 7), (3, 3)):
+        assert rule.quota(span.progress) == quota
+        span.stepped(rule.carry(span.progress, num_written))
+        span.unmasked(span.masked[:num_written])
+        assert span.progress.carry == quota - num_written
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_our_own_rules_carry_nothing(rule):
+    assert RULES[rule].carry(Progress(10, 0, 4), 1) == 0

@@ -22,7 +22,7 @@ class Progress:
         num_masked: Masks it has left.
         step_idx: Steps it has seen.
         num_steps: Steps the schedule has planned for it.
-        carry: What the last step's quota left unwritten; 0 where steps are launched ahead.
+        carry: What the last step hands on to this one, see :meth:`UnmaskRule.carry`.
     """
 
     num_masked: int
@@ -57,6 +57,10 @@ class UnmaskRule:
         """How many positions the step writes at most."""
         return num_unmask(at.num_masked, at.step_idx, at.num_steps)
 
+    def carry(self, at: Progress, num_written: int) -> int:
+        """What a step that wrote so many positions hands on to the next one's quota."""
+        return 0
+
     def order_temperature(self, alg_temp: float) -> float:
         """Temperature of the order of positions, given the caller's."""
         return alg_temp
@@ -90,6 +94,9 @@ class CarriedQuota(UnmaskRule):
         steps_left = at.num_steps - at.step_idx
         share = at.num_masked // steps_left if steps_left > 0 else 1
         return min(at.num_masked, max(1, share) + at.carry)
+
+    def carry(self, at: Progress, num_written: int) -> int:
+        return self.quota(at) - num_written
 
 
 RULES: Mapping[str, UnmaskRule] = {

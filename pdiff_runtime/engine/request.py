@@ -491,7 +491,7 @@ class Request:
         for span in spans:
             was_open = bool(span.masked)
             num_written = sum(position in written for position in span.masked)
-            span.stepped(num_written, self.rule.quota(span.progress))
+            span.stepped(self.rule.carry(span.progress, num_written))
             span.unmasked(unmasked)
             if was_open and not span.masked:
                 full.append(plan_round.spans.index(span))

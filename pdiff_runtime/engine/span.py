@@ -35,7 +35,7 @@ class Span:
         masked: Positions that still hold the mask, ascending.
         num_steps: Steps that the schedule has planned.
         step_idx: Denoising steps it has seen.
-        carry: What the last step's quota left unwritten.
+        carry: What the last step hands on to the next one's quota.
         is_started: It takes part in every forward from now on, and has its pages.
     """
 
@@ -73,10 +73,10 @@ class Span:
         """Whether every step has the same rows and may write any mask."""
         return True
 
-    def stepped(self, num_written: int, quota: int) -> None:
-        """A step wrote so many positions, and might have written `quota`."""
+    def stepped(self, carry: int) -> None:
+        """A step has run, and hands this on to the next one's quota."""
         self.step_idx += 1
-        self.carry = quota - num_written
+        self.carry = carry
 
     def unmasked(self, positions: Collection[int]) -> None:
         """These positions have their tokens."""
@@ -173,9 +173,9 @@ class BranchSpan(Span):
     def is_steady(self) -> bool:
         return False
 
-    def stepped(self, num_written: int, quota: int) -> None:
+    def stepped(self, carry: int) -> None:
         self.computed = self.masked[0]
-        super().stepped(num_written, quota)
+        super().stepped(carry)
 
     def implied_pads(self, written: Mapping[int, int], pad: int) -> list[int]:
         """A branch that has come to its pads says no more."""
