@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import safetensors.torch
 import torch
@@ -21,6 +22,7 @@ from pdiff_runtime.models import BUNDLED_MODEL, ModelConfig, init_weights, save_
 from pdiff_runtime.serve.cli import cli
 from pdiff_runtime.serve.generate import parse_plan, watch
 from pdiff_runtime.serve.live import LiveRound
+from pdiff_runtime.serve.options import generation_options, load
 from pdiff_runtime.serve.progress import TrainingProgress
 from pdiff_runtime.train.recipe import load_recipe
 
@@ -137,6 +139,38 @@ def test_an_own_plan_and_every_knob_reach_the_engine(model_dir):
     assert one["token_ids"] == two["token_ids"], "same seed"
     assert [r["topics"] for r in one["rounds"]] == [["capital", "climate"], ["size"]]
     assert [r["lengths"] for r in one["rounds"]] == [[10, 15], [5]]
+
+
+def test_what_a_model_recommends_holds_unless_told_otherwise(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    fields = {"isolate_spans": False, "use_grammar": False, "max_tokens": 60}
+    (folder / "generation_config.json").write_text(json.dumps({"pdiff": fields}))
+    seen = []
+
+    @click.command()
+    @generation_options()
+    def command(**options):
+        _, params = load(**options)
+        seen.append((params.isolate_spans, params.use_grammar, params.max_tokens))
+
+    for args in ([], ["--isolated", "--grammar"], ["--joint", "--no-grammar"]):
+        command(["--model", str(folder), *args], standalone_mode=False)
+    assert seen == [(False, False, 60), (True, True, 60), (False, False, 60)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "expected an object under 'pdiff'"),
+        ({"speed": 1}, "unknown parameter 'speed'"),
+        ({"max_tokens": 0}, "max_tokens: expected"),
+    ],
+)
+def test_bad_recommendations_are_named(model_dir, tmp_path, fields, message):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"pdiff": fields}))
+    with pytest.raises(ValueError, match=message):
+        LLM(folder)
 
 
 def test_one_round_needs_no_second_list():

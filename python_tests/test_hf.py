@@ -422,6 +422,12 @@ def test_a_checkpoint_may_recommend_parameters(model, tiny_tags):
     assert_rows(actual, ids, expected, pad=56)
 
 
+def test_a_bad_recommendation_is_named(model, tiny_tags):
+    model.generation_config.pdiff = {"speed": 2}
+    with pytest.raises(ValueError, match="generation_config: unknown parameter 'speed'"):
+        planned(model, random_ids(1, 7), tiny_tags)
+
+
 def test_parameters_are_shared_and_the_engine_is_kept(model, tiny_tags, monkeypatch):
     built = []
     monkeypatch.setattr(

@@ -238,6 +238,11 @@ def test_shipped_recipes_load():
         ("[[stage]]\nname='a'\nnum_tokens=1\nformats={plan=1.0}", "formats must map"),
         ("[[stage]]\nname='a'", "missing key num_tokens, formats"),
         ("x = [", "recipe"),
+        (
+            "data='x'\ntokenizer='x'\n[generation]\nspeed=2\n"
+            "[[stage]]\nname='a'\nnum_tokens=1\nformats={planned=1.0}",
+            "generation: unknown parameter 'speed'",
+        ),
     ],
 )
 def test_bad_recipes_are_named(tmp_path, text, message):

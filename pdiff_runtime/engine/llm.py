@@ -13,7 +13,14 @@ import torch
 
 from pdiff_runtime.engine.engine import Engine
 from pdiff_runtime.engine.output import Event, Finished, RequestOutput
-from pdiff_runtime.engine.params import PLAN_MODES, EngineConfig, GenerationParams, Mode, UserRound
+from pdiff_runtime.engine.params import (
+    PLAN_MODES,
+    EngineConfig,
+    GenerationParams,
+    Mode,
+    UserRound,
+    recommended,
+)
 from pdiff_runtime.engine.progress import Bar
 from pdiff_runtime.models import Decoder, Tokenizer, load_model, read_config, resolve_checkpoint
 from pdiff_runtime.models.files import find_file, read_json
@@ -277,19 +284,13 @@ def _checked_tags(
 
 
 def _recommended(checkpoint: Path) -> GenerationParams:
-    """The parameters a checkpoint recommends.
-
-    Raises:
-        ValueError: A field that is no parameter, or out of its range.
-    """
+    """The parameters a checkpoint recommends."""
     file = find_file(checkpoint, "generation_config.json") if checkpoint.is_dir() else None
-    fields = {} if file is None else read_json(file).get("pdiff", {})
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object with an object under 'pdiff'")
-    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(GenerationParams)})
-    if unknown:
-        raise ValueError(f"{file}: unknown parameter {unknown[0]!r}")
-    return GenerationParams(**fields)
+    return (
+        GenerationParams()
+        if file is None
+        else recommended(read_json(file).get("pdiff", {}), str(file))
+    )
 
 
 def _is_list(value: object) -> bool:

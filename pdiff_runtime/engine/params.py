@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -231,6 +231,24 @@ class GenerationParams:
         if self.seed is not None:
             return self.seed
         return int(torch.randint(MAX_SEED, (), device="cpu"))
+
+
+def recommended(fields: object, source: str) -> GenerationParams:
+    """The parameters that a checkpoint recommends under "pdiff".
+
+    Args:
+        fields: The object there.
+        source: Where it was found, for messages.
+
+    Raises:
+        ValueError: No object, a field that is no parameter, or one out of its range.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{source}: expected an object under 'pdiff', got {fields!r:.80}")
+    known = {field.name for field in dataclasses.fields(GenerationParams)}
+    if unknown := sorted(str(name) for name in fields if name not in known):
+        raise ValueError(f"{source}: unknown parameter {unknown[0]!r}")
+    return GenerationParams(**fields)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime.engine import EngineConfig, GenerationParams
+from pdiff_runtime.engine.params import recommended
 from pdiff_runtime.hf.sharing import llm_of
 from pdiff_runtime.plan import ControlTokens
 
@@ -92,7 +93,9 @@ def generate(
         )
     num_answers = generation_config.num_return_sequences or 1
     params = dataclasses.replace(
-        _recommended(generation_config) if pdiff_params is None else _checked(pdiff_params),
+        recommended(getattr(generation_config, "pdiff", {}), "generation_config")
+        if pdiff_params is None
+        else _checked(pdiff_params),
         **_filters(logits_processor, bool(generation_config.do_sample)),
         max_tokens=stopping_criteria.max_length - input_ids.shape[1],
         n=num_answers,
@@ -142,11 +145,6 @@ def _check_eos(stopping_criteria: Iterable[Any], eos: int) -> None:
             token_ids = criterion.eos_token_id.tolist()
             if set(token_ids) != {eos}:
                 raise ValueError(f"eos_token_id: expected {eos}, the eos tag, got {token_ids}")
-
-
-def _recommended(generation_config: Any) -> GenerationParams:
-    """What the checkpoint's ``generation_config.json`` has under "pdiff"."""
-    return GenerationParams(**getattr(generation_config, "pdiff", {}))
 
 
 def _checked(params: GenerationParams) -> GenerationParams:

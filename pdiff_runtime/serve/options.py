@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -127,7 +126,13 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
             metavar="WHICH",
             help="What fast_dllm keeps while it fills a block: prefix (default), dual or off.",
         ),
-        click.option("--joint", is_flag=True, help="Let the spans of a round see one another."),
+        click.option(
+            "--joint/--isolated",
+            "joint",
+            default=None,
+            help="Whether the spans of a round see one another; default: what the model "
+            "recommends, else isolated.",
+        ),
         click.option(
             "--kv-commit",
             metavar="HOW",
@@ -138,7 +143,12 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
             metavar="HOW",
             help="published: answer as the published implementation does, its quirks included.",
         ),
-        click.option("--no-grammar", is_flag=True, help="Let the model write malformed plans."),
+        click.option(
+            "--grammar/--no-grammar",
+            "grammar",
+            default=None,
+            help="Whether plans are kept from being malformed; default: yes.",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -159,7 +169,7 @@ def generation_options(*, seed: int | None = None) -> Callable[[Command], Comman
 
 def load(
     *, model: str | None, revision: str | None, dtype: str, device: str, threads: int | None,
-    joint: bool, no_grammar: bool, **knobs: Any,
+    joint: bool | None, grammar: bool | None, **knobs: Any,
 ) -> tuple[LLM, GenerationParams]:  # fmt: skip
     """The model that :func:`generation_options` name, and its parameters where they say nothing.
 
@@ -177,7 +187,5 @@ def load(
         model, dtype=getattr(torch, dtype), device=device, revision=revision,
         progress=model is not None and sys.stderr.isatty(),
     )  # fmt: skip
-    params = dataclasses.replace(
-        with_knobs(llm.default_params, knobs), isolate_spans=not joint, use_grammar=not no_grammar
-    )
-    return llm, params
+    knobs |= {"isolate_spans": None if joint is None else not joint, "use_grammar": grammar}
+    return llm, with_knobs(llm.default_params, knobs)

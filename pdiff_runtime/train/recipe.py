@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from pdiff_runtime.engine.params import recommended
 from pdiff_runtime.models.config import ModelConfig
 from pdiff_runtime.train.data import FORMATS
 
@@ -69,6 +70,9 @@ class Recipe:
     compile: bool = False
     log_every: int = 50
     save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        recommended(self.generation, f"recipe {self.name}: generation")  # said now, not at the end
 
 
 def load_recipe(name_or_path: str) -> Recipe:
