@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -655,6 +656,20 @@ def test_ids_are_used_once(tiny_model, tiny_tags):
     drain(engine)
     engine.add("a", [1], one)  # free again
     assert drain(engine)["a"].finish_reason in ("stop", "length")
+
+
+def test_all_answers_to_a_prompt_are_queued_or_none(tiny_model, tiny_tags):
+    engine = make_engine(tiny_model, tiny_tags)
+    plan = user_plan(tiny_tags, [3])  # without room for its span, so an answer is over at once
+    calls = itertools.count()
+    engine.decode = lambda token_ids: str(next(calls))
+    engine.add("one", [1], _params(max_tokens=4), plan, with_text=True)
+    drain(engine)
+    calls = iter([""] * next(calls))
+    with pytest.raises(StopIteration):
+        engine.add("many", [1], _params(max_tokens=4, n=8), plan, with_text=True)
+    assert not engine.has_work
+    engine.check_integrity()
 
 
 def test_a_full_queue_refuses(tiny_model, tiny_tags):

@@ -178,21 +178,23 @@ class Engine:
         if not self.has_room(len(ids)):
             raise OverloadedError(f"max_waiting: {self.config.max_waiting} requests wait already")
         now = time.perf_counter()
-        seed, leader = params.resolve_seed(), None
+        seed = params.resolve_seed()
+        requests: list[Request] = []
         for idx, each in enumerate(ids):
             request = Request(
                 each, prompt_ids, params, self.limits, self.allocator, user_rounds,
                 seed=(seed + idx) % (MAX_SEED + 1),
                 priority=priority,
-                arrival=self._num_arrived,
+                arrival=self._num_arrived + idx,
                 deadline=None if timeout_s is None else now + timeout_s,
-                leader=leader if self.config.prefix_cache else None,
+                leader=requests[0] if requests and self.config.prefix_cache else None,
                 decode=self.decode,
                 with_text=with_text,
             )  # fmt: skip
-            leader = leader or request
-            self._num_arrived += 1
-            self._requests[each] = request
+            requests.append(request)
+        self._num_arrived += len(requests)
+        for request in requests:
+            self._requests[request.request_id] = request
             if not request.is_done:  # a budget without room for the plan
                 self.scheduler.add(request)
         return ids

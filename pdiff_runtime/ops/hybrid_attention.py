@@ -104,9 +104,7 @@ def hybrid_attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if is_traced() or needs_grad:
         if choice is Impl.CUDA and impl == Impl.AUTO:
-            choice = (
-                Impl.AUTO
-            )  # which kernel runs backward is the op's to see, not a traced graph's
+            choice = Impl.AUTO  # which kernel runs backward the op sees, and no traced graph
         out, lse = torch.ops.pdiff.hybrid_attention(
             q, k, v, plan.words, plan.num_slots, softmax_scale, choice
         )
