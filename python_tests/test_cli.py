@@ -22,7 +22,7 @@ from pdiff_runtime.models import BUNDLED_MODEL, ModelConfig, init_weights, save_
 from pdiff_runtime.serve.cli import cli
 from pdiff_runtime.serve.generate import parse_plan, watch
 from pdiff_runtime.serve.live import LiveRound
-from pdiff_runtime.serve.options import generation_options, load
+from pdiff_runtime.serve.options import check_device, generation_options, load
 from pdiff_runtime.serve.progress import TrainingProgress
 from pdiff_runtime.train.recipe import load_recipe
 
@@ -171,6 +171,15 @@ def test_bad_recommendations_are_named(model_dir, tmp_path, fields, message):
     (folder / "generation_config.json").write_text(json.dumps({"pdiff": fields}))
     with pytest.raises(ValueError, match=message):
         LLM(folder)
+
+
+def test_a_device_beyond_those_there_are_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:0", "cuda:1"):
+        check_device(name)
+    with pytest.raises(ValueError, match=r"device: torch \S+ sees 2 CUDA devices, got 'cuda:2'"):
+        check_device("cuda:2")
 
 
 def test_one_round_needs_no_second_list():

@@ -38,13 +38,15 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: torch {torch.__version__} sees no CUDA device")
+    num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= num_seen:
+        seen = f"{num_seen} CUDA devices" if num_seen else "no CUDA device"
+        raise ValueError(f"device: torch {torch.__version__} sees {seen}, got {name!r}")
 
 
 def generation_options(*, seed: int | None = None) -> Callable[[Command], Command]:
