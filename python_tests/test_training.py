@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from pdiff_runtime import ControlTokens
@@ -74,6 +75,36 @@ def test_a_resumed_run_is_bit_equal(encoder, tmp_path, stop_at):
     expected = weights(whole)
     for name, parameter in weights(resumed).items():
         assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.norm.weight", None),
+        ("model.norm.weight", lambda weight: weight[:1].clone()),
+        ("model.embed_tokens.weight", lambda weight: weight[:1].clone()),
+        ("optimizer.exp_avg_sq.model.norm.weight", None),
+        ("optimizer.exp_avg.model.norm.weight", lambda moment: moment[:1].clone()),
+        ("progress", "{"),
+        ("progress", '{"step": 1, "speed": 2}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(encoder, tmp_path, name, change):
+    trainer = Trainer(recipe(), DOCUMENTS, encoder, tmp_path)
+    trainer.train(max_steps=2)
+    tensors = safetensors.torch.load_file(trainer.checkpoint)
+    with safetensors.safe_open(trainer.checkpoint, "pt") as file:
+        metadata = file.metadata()
+    name = f"model.{name}" if name.startswith("model.") else name
+    if name == "progress":
+        metadata[name] = change
+    elif change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors[name])
+    safetensors.torch.save_file(tensors, trainer.checkpoint, metadata)
+    with pytest.raises(ValueError, match=r"checkpoint: .*checkpoint\.safetensors is damaged"):
+        Trainer(recipe(), DOCUMENTS, encoder, tmp_path)
 
 
 def test_it_learns(encoder, tmp_path):

@@ -219,18 +219,28 @@ class Trainer:
             with safetensors.safe_open(self.checkpoint, framework="pt") as file:
                 self.progress = Progress(**json.loads(file.metadata()["progress"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, TypeError, KeyError) as error:
+            self._take(tensors)
+        except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"checkpoint: {self.checkpoint} is damaged ({error})") from error
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
-                state: dict[str, Tensor] = {
-                    key.split(".")[1]: value.to(self.device)
-                    for key, value in tensors.items()
-                    if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+
+    @torch.no_grad()
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """Weights and, unless the stage begins, moments."""
+
+        def of_shape(name: str, shape: torch.Size) -> Tensor:
+            if (tensor := tensors[name]).shape != shape:
+                raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+            return tensor.to(self.device)
+
+        has_moments = any(name.startswith("optimizer.") for name in tensors)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(of_shape(f"model.{name}", parameter.shape))
+            if has_moments:
+                self.optimizer.state[parameter] = {
+                    "step": of_shape(f"optimizer.step.{name}", torch.Size()),
+                    "exp_avg": of_shape(f"optimizer.exp_avg.{name}", parameter.shape),
+                    "exp_avg_sq": of_shape(f"optimizer.exp_avg_sq.{name}", parameter.shape),
                 }
-                if state:
-                    self.optimizer.state[parameter] = state
 
     def _write_log(self, record: dict[str, float | int | str]) -> None:
         with open(self.out_dir / "log.jsonl", "a", encoding="utf-8") as file:

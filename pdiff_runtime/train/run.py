@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from pdiff_runtime.models import BUNDLED_MODEL, ModelConfig, Tokenizer, save_model
+from pdiff_runtime.models.files import read_json
 from pdiff_runtime.plan import ControlTokens
 from pdiff_runtime.train.data import DocumentEncoder, TaggedDocument, read_documents
 from pdiff_runtime.train.loop import Log, Trainer
@@ -147,10 +148,7 @@ def _claim(recipe: Recipe, out_dir: Path) -> None:
     fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     file = out_dir / "recipe.json"
     if file.is_file() and (out_dir / "checkpoint.safetensors").is_file():
-        try:
-            earlier = json.loads(file.read_text("utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"out: {file} is damaged ({error})") from error
+        earlier = read_json(file)
         free = {"name", "log_every", "save_every"}
         changed = sorted(k for k in fields if k not in free and fields[k] != earlier.get(k))
         if changed:
