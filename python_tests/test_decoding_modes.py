@@ -581,6 +581,29 @@ def test_overshooting_spans_wait_for_pages_like_others(tiny_model):
     assert together[1].finish_reason == "stop"
 
 
+def test_what_overshoots_is_not_read(tiny_model):
+    """Neither by somebody who reads along, nor in the search for stop strings."""
+    plan = user_plan(TAGS, [9, 9, 9, 9])
+    engine = make_engine(tiny_model, TAGS)
+    [whole] = answer(engine, [Case(PROMPT, overshooting(), plan)])
+    longer = dataclasses.replace(overshooting(), max_tokens=100)
+    [more] = answer(engine, [Case(PROMPT, longer, plan)])
+    assert more.text.startswith(whole.text)
+    beyond = more.text[-2:]
+    assert beyond not in whole.text
+    engine.add("reads", PROMPT, overshooting(), plan, with_text=True)
+    engine.add("stops", PROMPT, overshooting(stop=[beyond]), plan)
+    text, outputs = "", {}
+    while engine.has_work:
+        events = step(engine)
+        text += "".join(event.text for event in events if isinstance(event, Text))
+        outputs |= finished(events)
+    assert text == whole.text
+    for output in outputs.values():
+        assert output.token_ids == whole.token_ids
+        assert output.finish_reason == "length"
+
+
 def test_plans_that_overshoot_one_another_end_one_by_one(tiny_model, monkeypatch):
     """Each waits for what the others hold, and none can give any back: the last one gives way."""
     plan = user_plan(TAGS, [9, 9, 9, 9])[0]

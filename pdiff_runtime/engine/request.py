@@ -649,10 +649,10 @@ class Request:
         plan_round = self.open_round
         if self.is_canvas:
             self._is_cut = not self._ends_at_eos()
-            self.cut(self._final_end())
+            self.cut()
         elif self.remaining < 0:  # as published
             self._is_cut = True
-            self.cut(self.prompt_len + self.params.max_tokens)
+            self.cut()
         self._end_denoising()
         if self._is_cut or not self._continues:
             self.finish("length" if self._is_cut else "stop")
@@ -684,11 +684,11 @@ class Request:
         return False
 
     def _final_end(self) -> int:
-        """The first position that may still change."""
-        end = len(self.token_ids)
+        """The first position that may still change, or that the budget cuts off, as published."""
+        end = min(len(self.token_ids), self.prompt_len + self.params.max_tokens)
         if self._is_denoising:
             masked = (span.masked[0] for span in self.open_round.spans if span.masked)
-            end = next(masked, end)
+            end = min(end, next(masked, end))
             if self.is_canvas and self.tags.eos in (
                 answer := self.token_ids[self.prompt_len : end]
             ):
