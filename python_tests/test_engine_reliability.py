@@ -373,6 +373,18 @@ def test_an_error_within_half_a_batch_is_the_callers_too(tiny_model, tiny_tags, 
     assert engine.allocator.num_free == engine.allocator.num_pages
 
 
+def test_what_happened_before_an_error_is_told_after_it(tiny_model, tiny_tags):
+    engine = make_engine(tiny_model, tiny_tags)
+    _ShortOfMemory(engine, RuntimeError("a kernel was lost"), lambda works: True)
+    engine.add("late", [1, 2], _params(), timeout_s=1e-9)
+    engine.add("other", [3, 4], _params())
+    with pytest.raises(RuntimeError, match="a kernel was lost"):
+        engine.step()
+    assert engine.request_ids == ["other"]
+    outputs = finished(engine.abort(["other"]))
+    assert [outputs[name].finish_reason for name in ("late", "other")] == ["deadline", "abort"]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_decoder_that_fails_costs_the_request_it_is_called_for(tiny_model, tiny_tags, seed):
     """Whoever catches what it raises can end all requests, one by one; every page comes back."""

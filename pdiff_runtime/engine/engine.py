@@ -135,6 +135,7 @@ class Engine:
         self._ahead: _Ahead | None = None
         self.num_steps = 0
         self._requests: dict[str, Request] = {}
+        self._events: list[Event] = []  # that nobody was told yet
         self._num_arrived = 0
 
     # --- what callers do ---
@@ -240,11 +241,10 @@ class Engine:
 
     def abort(self, request_ids: Sequence[str]) -> list[Event]:
         """End requests, waiting or running, with what they have; unknown ids are fine."""
-        events: list[Event] = []
         for request_id in dict.fromkeys(request_ids):
             if request_id in self._requests:
-                self._end(self._requests[request_id], events, "abort")
-        return events
+                self._end(self._requests[request_id], "abort")
+        return self._take_events()
 
     def forget_all(self) -> None:
         """Drop all requests without a word; nothing of a caller's runs, so nothing is raised."""
@@ -252,6 +252,7 @@ class Engine:
         for request in self._requests.values():
             request.pages.release()
         self._requests.clear()
+        self._events.clear()
         self._ahead = None
 
     def has_room(self, num_requests: int) -> bool:
@@ -273,37 +274,40 @@ class Engine:
     def step(self) -> list[Event]:
         """Admit what fits, forward once, and say what happened.
 
-        What it raises, an error of the caller's ``decode`` for one, costs the events of the step.
-        The request it came from can only be ended then, the others go on.
+        Where it raises, because of the caller's ``decode`` for one, the request that it was about
+        can only be ended; the others go on, and what has happened comes with the next events.
         """
         with self.runner.on_device():
             try:
-                return self._step()
+                self._step()
             except BaseException:
                 self._ahead = None  # of a step whose results not all requests have
                 raise
+        return self._take_events()
 
-    def _step(self) -> list[Event]:
-        events: list[Event] = []
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _step(self) -> None:
         now = time.perf_counter()
         for request in [r for r in self._requests.values() if r.is_done or r.is_late(now)]:
-            self._end(request, events, "deadline")
+            self._end(request, "deadline")
         works = self.scheduler.schedule() if self._ahead is None else self._ahead.works
         if not works:
-            return events
+            return
         self.num_steps += 1
         if self._ahead is None:
             results = self._forward(works)
         else:
             results = [result for result in self._ahead_results() if _is_news(result[0])]
         for work, predicted in results:
-            self._advance(work, predicted, events)
+            self._advance(work, predicted)
             work.request.clock()
         for work in works:
             request = work.request
             if request.is_done and self._requests.get(request.request_id) is request:
-                self._end(request, events)
-        return events
+                self._end(request)
 
     def check_integrity(self) -> None:
         """Raise ``RuntimeError`` if the books of pages and requests disagree. For tests."""
@@ -377,7 +381,7 @@ class Engine:
                 largest.request.fail(failure)
         return done
 
-    def _advance(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
+    def _advance(self, work: Work, predicted: Predicted) -> None:
         request = work.request
         request.forwarded(work)
         if predicted.is_nan:
@@ -385,63 +389,63 @@ class Engine:
             self.runner.cache.clear(request.pages.private())
             request.fail(BadLogitsError("the model's logits are not numbers"))
             return
-        self._announce(request, events)
+        self._announce(request)
         if work.spans:
-            self._denoised(work, predicted, events)
+            self._denoised(work, predicted)
         elif predicted.token_ids:
             request.accept_tokens(predicted.token_ids, predicted.logprobs)
-        self._announce(request, events)
-        self._tell(request, events)
+        self._announce(request)
+        self._tell(request)
         has_logits = bool(work.spans or predicted.token_ids)
         if self.config.prefix_cache and has_logits and not request.is_done:
             request.publish()  # all that was computed, these logits have read
 
-    def _denoised(self, work: Work, predicted: Predicted, events: list[Event]) -> None:
+    def _denoised(self, work: Work, predicted: Predicted) -> None:
         request, plan_round = work.request, work.request.open_round
         writes = [*predicted.writes, *request.implied_writes(work.spans, predicted.writes)]
         round_idx = len(request.rounds) - 1
         positions, token_ids = [w.position for w in writes], [w.token_id for w in writes]
         update = SpanUpdate(request.request_id, plan_round.num_steps, positions, token_ids)
-        events.append(update)
+        self._events.append(update)
         for span_idx in request.accept_denoised(work.spans, writes):
             if span_idx >= len(plan_round.spans):
                 return  # a stop string has cancelled it
             content = request.token_ids[slice(*plan_round.spans[span_idx].content)]
             text = visible_text(content, self.tags, self.decode)
-            events.append(SpanDone(request.request_id, round_idx, span_idx, text))
+            self._events.append(SpanDone(request.request_id, round_idx, span_idx, text))
 
-    def _announce(self, request: Request, events: list[Event]) -> None:
+    def _announce(self, request: Request) -> None:
         """Say so if the request has come to the spans of a round."""
         while request.num_announced < len(request.rounds):
             plan_round = request.rounds[request.num_announced]
             topics = [self._words(topic.token_ids) for topic in plan_round.topics]
             bounds = [span.content for span in plan_round.spans]
-            events.append(PlanReady(request.request_id, request.num_announced, topics, bounds))
+            self._events.append(
+                PlanReady(request.request_id, request.num_announced, topics, bounds)
+            )
             for span_idx, (lo, hi) in enumerate(bounds):
                 if lo == hi:  # a small length_scale
                     done = SpanDone(request.request_id, request.num_announced, span_idx, "")
-                    events.append(done)
+                    self._events.append(done)
             request.num_announced += 1
 
-    def _tell(self, request: Request, events: list[Event]) -> None:
+    def _tell(self, request: Request) -> None:
         """Say what has become readable."""
         if not request.with_text or request.reader is None:
             return
         if text := request.reader.take(is_last=request.is_done):
-            events.append(Text(request.request_id, text))
+            self._events.append(Text(request.request_id, text))
 
-    def _end(
-        self, request: Request, events: list[Event], reason: FinishReason | None = None
-    ) -> None:
+    def _end(self, request: Request, reason: FinishReason | None = None) -> None:
         """Forget a request that is done, or that ends now for a reason from outside."""
         self.scheduler.remove([request])
         del self._requests[request.request_id]
         if reason is not None and not request.is_done:
             request.cut()
             request.finish(reason)
-        self._announce(request, events)
-        self._tell(request, events)
-        events.append(Finished(request.request_id, self._output(request)))
+        self._announce(request)
+        self._tell(request)
+        self._events.append(Finished(request.request_id, self._output(request)))
 
     def _output(self, request: Request) -> RequestOutput:
         assert request.finish_reason is not None
