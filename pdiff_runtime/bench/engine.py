@@ -102,7 +102,7 @@ def serve(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[Generatio
                         served.to_end.append(now - start)
             served.seconds = time.perf_counter() - start
     finally:
-        engine.abort(engine.request_ids)
+        engine.forget_all()
         llm.release()
     served.outputs = [outputs[request_id] for request_id in ids]
     total = sum(served.step_ms) / 1e3
