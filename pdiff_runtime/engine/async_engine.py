@@ -278,9 +278,9 @@ class AsyncEngine:
             logger.exception("a step failed; the engine is dead")
             self._error = error
             left = EngineDeadError(f"engine: {error!r}")
+        self._post(self._fail_all, left)
         self._engine.forget_all()
         self.llm.release()
-        self._post(self._fail_all, left)
 
     def _abort(self, stream: _Stream) -> None:
         self._deliver(self._engine.abort(stream.sample_ids))
