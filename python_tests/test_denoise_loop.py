@@ -9,6 +9,7 @@ import torch
 
 from pdiff_runtime import LLM, Decoder, EngineConfig, GenerationParams
 from pdiff_runtime.bench.models import TAGS, planning_model, random_prompt
+from pdiff_runtime.denoise import num_unmask
 from pdiff_runtime.engine import BadLogitsError, Finished, SpanUpdate
 from pdiff_runtime.models import ModelConfig
 
@@ -93,6 +94,22 @@ def test_requests_share_a_loop(plain, ahead, monkeypatch):
     expected = [output.token_ids for output in plain.generate(prompts, params)]
     assert [output.token_ids for output in ahead.generate(prompts, params)] == expected
     assert counts["launch"] > counts["start"] > 0
+
+
+def test_a_quota_is_computed_once(plain, ahead, monkeypatch):
+    quotas = []
+
+    def counted(*args):
+        quotas.append(num_unmask(*args))
+        return quotas[-1]
+
+    monkeypatch.setattr("pdiff_runtime.denoise.rules.num_unmask", counted)
+    for llm in (plain, ahead):
+        quotas.clear()
+        params = GenerationParams(plan=[[([7], 30), ([8], 30)]], max_tokens=100, steps_ratio=0.4)
+        (output,) = llm.generate([PROMPT], params)
+        assert len(quotas) == 2 * output.rounds[0].num_steps
+        assert sum(quotas) == 60
 
 
 def test_what_needs_more_than_tokens_takes_the_other_way(ahead, monkeypatch):

@@ -9,6 +9,7 @@ graph. Which positions still hold the mask is found on the device too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ class OpenSpan:
     num_masked: int
     step_idx: int
 
-    @property
+    @functools.cached_property
     def quota(self) -> int:
         """How many positions the step writes at most."""
         at = Progress(self.num_masked, self.step_idx, self.span.num_steps)
