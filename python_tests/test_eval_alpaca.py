@@ -182,6 +182,19 @@ def test_prompts_that_the_engine_refuses_are_failures(tmp_path, llm):
 # --- bad input -----------------------------------------------------------------------------------
 
 
+def test_an_error_on_the_way_is_no_refusal(llm, monkeypatch):
+    def broken(token_ids):
+        raise ValueError("token_ids: no such token")
+
+    runs = []
+    generate = llm.generate
+    monkeypatch.setattr(llm, "generate", lambda *args: runs.append(args) or generate(*args))
+    monkeypatch.setattr(llm.engine, "decode", broken)
+    with pytest.raises(ValueError, match="no such token"):
+        answer_prompts(llm, [Prompt("set", PERU), Prompt("set", TOGO)], llm.default_params, batch=2)
+    assert len(runs) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -61,15 +61,20 @@ def answer(
 def _outcomes(
     llm: LLM, requests: list[tuple[Prompt, GenerationParams]]
 ) -> list[RequestOutput | ValueError]:
-    """Outputs of one batch. One bad prompt keeps all of it from being run: then each half."""
-    prompts, params = zip(*requests, strict=True)
+    """Outputs of one batch, and why prompts were refused: one would keep all from being run."""
+    refusals = [_refusal(llm, *request) for request in requests]
+    taken = [each for each, refusal in zip(requests, refusals, strict=True) if refusal is None]
+    prompts, params = [prompt for prompt, _ in taken], [each for _, each in taken]
+    outputs = iter(llm.generate(prompts, params))
+    return [refusal or next(outputs) for refusal in refusals]
+
+
+def _refusal(llm: LLM, prompt: Prompt, params: GenerationParams) -> ValueError | None:
     try:
-        return [*llm.generate(prompts, params)]
+        llm.engine.check(llm.encode(prompt), params, llm.encode_plan(params.plan))
     except ValueError as error:
-        if len(requests) == 1:
-            return [error]
-    half = len(requests) // 2
-    return _outcomes(llm, requests[:half]) + _outcomes(llm, requests[half:])
+        return error
+    return None
 
 
 def _refused(error: ValueError) -> RequestOutput:
