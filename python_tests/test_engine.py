@@ -428,6 +428,21 @@ def test_prompts_of_other_types_are_refused(llm, prompts):
         llm.generate(prompts)
 
 
+@pytest.mark.parametrize("params", [5, [5], {"mode": "ar"}, [None]], ids=str)
+def test_parameters_of_other_types_are_refused(llm, params):
+    with pytest.raises(ValueError, match="params: expected"):
+        llm.generate([PROMPT], params)
+    with pytest.raises(ValueError, match="params: expected GenerationParams, got"):
+        next(llm.stream(PROMPT, params))
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("name", ["tags", "tokenizer", "config"])
+def test_arguments_of_other_types_are_refused(tiny_model, tiny_tags, name):
+    with pytest.raises(ValueError, match=f"{name}: expected [A-Z].*, got {{}}"):
+        LLM(tiny_model, **{"tags": tiny_tags, name: {}})
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"run_ahead": True}, {"batch_invariant": True}, {"pack_weights": False}], ids=str
 )

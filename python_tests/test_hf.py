@@ -422,6 +422,12 @@ def test_a_checkpoint_may_recommend_parameters(model, tiny_tags):
     assert_rows(actual, ids, expected, pad=56)
 
 
+@pytest.mark.parametrize("name", ["pdiff_params", "pdiff_tags", "pdiff_engine_config"])
+def test_arguments_of_other_types_are_refused(model, tiny_tags, name):
+    with pytest.raises(ValueError, match=f"{name}: expected [A-Z].*, got {{'a': 1}}"):
+        planned(model, random_ids(1, 7), tiny_tags, **{name: {"a": 1}})
+
+
 def test_a_bad_recommendation_is_named(model, tiny_tags):
     model.generation_config.pdiff = {"speed": 2}
     with pytest.raises(ValueError, match="generation_config: unknown parameter 'speed'"):

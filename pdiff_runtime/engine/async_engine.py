@@ -224,16 +224,15 @@ class AsyncEngine:
         if request_id in self._streams:
             raise DuplicateRequestError(f"request_id: {request_id!r} is already there")
         params = params or self.llm.default_params
-        prompt_ids, user_rounds = self.llm.encode(prompt), self.llm.encode_plan(params.plan)
-        self._engine.check(prompt_ids, params, user_rounds, priority=priority, timeout_s=timeout_s)
+        request = self.llm.encode_request(prompt, params)
+        self._engine.check(*request, priority=priority, timeout_s=timeout_s)
         stream = self._streams[request_id] = _Stream(request_id, params.n)
 
         def add() -> None:
             try:
                 stream.sample_ids = self._engine.add(
-                    request_id, prompt_ids, params, user_rounds,
-                    priority=priority, timeout_s=timeout_s, with_text=True,
-                )  # fmt: skip
+                    request_id, *request, priority=priority, timeout_s=timeout_s, with_text=True
+                )
             except (ValueError, OverloadedError) as error:
                 self._post(self._fail, stream, error)
             else:

@@ -19,6 +19,7 @@ from pdiff_runtime.engine.params import (
     GenerationParams,
     Mode,
     UserRound,
+    check_type,
     recommended,
 )
 from pdiff_runtime.engine.progress import Bar
@@ -67,6 +68,12 @@ class LLM:
         revision: str | None = None,
         progress: bool = False,
     ) -> None:
+        for name, value, kind in (
+            ("tags", tags, ControlTokens), ("tokenizer", tokenizer, Tokenizer),
+            ("config", config, EngineConfig),
+        ):  # fmt: skip
+            if value is not None:
+                check_type(name, value, kind)
         self.default_params = GenerationParams()
         if isinstance(model_or_path, Decoder):
             self.model = model_or_path
@@ -121,11 +128,8 @@ class LLM:
         batch: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item,assignment]
         if params is None or isinstance(params, GenerationParams):
             params = [params or self.default_params] * len(batch)
-        if len(params) != len(batch):
-            raise ValueError(f"params: expected {len(batch)}, one per prompt, got {len(params)}")
-        for each in params:
-            if not isinstance(each, GenerationParams):
-                raise ValueError(f"params: expected GenerationParams, got {each!r}")
+        if not _is_list(params) or len(params) != len(batch):
+            raise ValueError(f"params: expected {len(batch)}, one per prompt, got {params!r:.80}")
         requests = [self._request(*each) for each in zip(batch, params, strict=True)]
         order: list[str] = []
         outputs: dict[str, RequestOutput] = {}
@@ -156,7 +160,7 @@ class LLM:
                 yield from self.engine.step()
 
     def _request(self, prompt: Prompt, params: GenerationParams) -> _Request:
-        return self._next_id(), self.encode(prompt), params, self.encode_plan(params.plan)
+        return self._next_id(), *self.encode_request(prompt, params)
 
     def acquire(self) -> None:
         """Take the engine for oneself, as :class:`AsyncEngine` does, until :meth:`release`.
@@ -199,6 +203,17 @@ class LLM:
                 raise ValueError("prompt: expected at least one token, got none")
             raise ValueError("prompt: expected token ids where there is no tokenizer, got text")
         return self.tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
+
+    def encode_request(
+        self, prompt: Prompt, params: GenerationParams
+    ) -> tuple[list[int], GenerationParams, list[list[int]]]:
+        """What the engine takes: token ids of a prompt, how to answer, token ids of a user's plan.
+
+        Raises:
+            ValueError: See :meth:`encode` and :meth:`encode_plan`; or no parameters.
+        """
+        check_type("params", params, GenerationParams)
+        return self.encode(prompt), params, self.encode_plan(params.plan)
 
     def encode_plan(self, plan: Sequence[UserRound] | None) -> list[list[int]]:
         """Token ids of each round of a user's plan, sync or eos included.

@@ -233,6 +233,11 @@ class GenerationParams:
         return int(torch.randint(MAX_SEED, (), device="cpu"))
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise ``ValueError`` unless an argument is of its type."""
+    _expect(isinstance(value, kind), name, kind.__name__, value)
+
+
 def recommended(fields: object, source: str) -> GenerationParams:
     """The parameters that a checkpoint recommends under "pdiff".
 

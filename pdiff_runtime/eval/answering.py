@@ -71,7 +71,7 @@ def _outcomes(
 
 def _refusal(llm: LLM, prompt: Prompt, params: GenerationParams) -> ValueError | None:
     try:
-        llm.engine.check(llm.encode(prompt), params, llm.encode_plan(params.plan))
+        llm.engine.check(*llm.encode_request(prompt, params))
     except ValueError as error:
         return error
     return None

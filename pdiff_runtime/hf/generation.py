@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime.engine import EngineConfig, GenerationParams
-from pdiff_runtime.engine.params import recommended
+from pdiff_runtime.engine.params import check_type, recommended
 from pdiff_runtime.hf.sharing import llm_of
 from pdiff_runtime.plan import ControlTokens
 
@@ -86,7 +86,10 @@ def generate(
         GenerationError: An answer failed.
     """
     _check(generation_config, stopping_criteria, model_kwargs)
-    if pdiff_tags is None and pdiff_tokenizer is None:
+    check_type("pdiff_engine_config", pdiff_engine_config, EngineConfig)
+    if pdiff_tags is not None:
+        check_type("pdiff_tags", pdiff_tags, ControlTokens)
+    elif pdiff_tokenizer is None:
         raise ValueError(
             "pdiff_tags, pdiff_tokenizer: expected one of them, got neither "
             "(generate does not hand tokenizer= on)"
@@ -149,6 +152,7 @@ def _check_eos(stopping_criteria: Iterable[Any], eos: int) -> None:
 
 def _checked(params: GenerationParams) -> GenerationParams:
     """The caller's parameters, which must leave to ``generate`` what it has arguments for."""
+    check_type("pdiff_params", params, GenerationParams)
     default = GenerationParams()
     for field, argument in _SAID_BY_GENERATE.items():
         if (value := getattr(params, field)) != getattr(default, field):
