@@ -301,11 +301,9 @@ def _checked_tags(
 def _recommended(checkpoint: Path) -> GenerationParams:
     """The parameters a checkpoint recommends."""
     file = find_file(checkpoint, "generation_config.json") if checkpoint.is_dir() else None
-    return (
-        GenerationParams()
-        if file is None
-        else recommended(read_json(file).get("pdiff", {}), str(file))
-    )
+    if file is None:
+        return GenerationParams()
+    return recommended(read_json(file).get("pdiff", {}), str(file))
 
 
 def _is_list(value: object) -> bool:

@@ -37,7 +37,8 @@ class EngineConfig:
             that is longer runs in a forward without other spans.
         page_size: Tokens of a KV page.
         kv_cache_tokens: Room of the KV cache in tokens.
-        prefix_cache: Share pages between requests that begin alike.
+        prefix_cache: Share pages between requests that begin alike. Where weights change, what it
+            holds is wrong: ``allocator.clear_cache()`` of the engine empties it.
         max_logits_rows: Logits rows that are computed at once, which bounds their memory.
         max_topics: Topics a round may have.
         max_topic_tokens: Tokens a topic may have, its number included.

@@ -14,7 +14,7 @@ def is_product(linear: nn.Linear) -> bool:
 
 
 class LayerMemory:
-    """The weights and biases of layers, in memory that nothing else can take meanwhile.
+    """The weights and biases that layers had, in memory that nothing else can take meanwhile.
 
     Args:
         linears: Layers that are products.
