@@ -71,6 +71,17 @@ def test_a_saved_model_loads_the_same(dtype, small, tmp_path):
     assert torch.equal(loaded.cos, small.cos)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_tables_stay_in_float32(small, dtype):
+    cos, sin = small.cos.clone(), small.sin.clone()
+    for moved in (small.to(dtype), small.to(device="cpu"), small.float()):
+        assert torch.equal(moved.cos, cos)
+        assert torch.equal(moved.sin, sin)
+    with torch.device("meta"):
+        model = Decoder(small.config).to(dtype)
+    assert torch.equal(model.to_empty(device="cpu").cos, cos)
+
+
 def test_missing_weights_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(tmp_path)

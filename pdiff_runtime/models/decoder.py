@@ -8,6 +8,7 @@ The decoder knows nothing of requests, pages or documents: a batch is a flat lis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,13 @@ class Decoder(nn.Module):
         )  # fmt: skip
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """As ``to`` and its like do it; the rotary tables stay in float32, whatever the dtype."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype is not torch.float32 and not self.cos.is_meta:
+            self.reset_rope(self.cos.device)
+        return self
 
     def forward(
         self, token_ids: Tensor, attend: Attend, project: Project = project_at_once
