@@ -258,6 +258,9 @@ def test_shipped_recipes_load():
     assert load_recipe("atlas").stages[0].name == "ar"
 
 
+STAGE = "data='x'\ntokenizer='x'\n[[stage]]\nname='a'\nnum_tokens=1\nformats={planned=1.0}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -268,6 +271,15 @@ def test_shipped_recipes_load():
         ),
         ("[[stage]]\nname='a'\nnum_tokens=1\nformats={plan=1.0}", "formats must map"),
         ("[[stage]]\nname='a'", "missing key num_tokens, formats"),
+        (f"{STAGE}\nwarmup_steps=-1", "warmup_steps: expected a number >= 0, got -1"),
+        (f"{STAGE}\nlearning_rate='high'", "stage: learning_rate: expected float, got 'high'"),
+        (f"{STAGE}\nlearning_rate=nan", "learning_rate: expected a number >= 0, got nan"),
+        (f"compile='no'\n{STAGE}", "recipe: compile: expected bool, got 'no'"),
+        (f"seed=true\n{STAGE}", "recipe: seed: expected int, got True"),
+        (f"save_every=0\n{STAGE}", "save_every: expected a number >= 1, got 0"),
+        (f"betas=[0.9]\n{STAGE}", "betas: expected two numbers"),
+        (f"generation={{threshold=2}}\n{STAGE}", "threshold: expected a number from 0.0 to 1.0"),
+        ("[stage]\nname='a'", "stage: expected a table, got 'name'"),
         ("x = [", "recipe"),
         (
             "data='x'\ntokenizer='x'\n[generation]\nspeed=2\n"

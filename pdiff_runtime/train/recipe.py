@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,17 @@ from pdiff_runtime.models.config import ModelConfig
 from pdiff_runtime.train.data import FORMATS
 
 RECIPES = Path(__file__).parent / "recipes"
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "dict[str, float]": dict,
+    "dict[str, Any]": dict,
+    "tuple[float, float]": tuple,
+}
+"""How a field is annotated, and what TOML may give for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +44,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.formats) - set(FORMATS))
-        if unknown or not self.formats or any(not share > 0 for share in self.formats.values()):
+        if unknown or not self.formats or not all(map(_is_share, self.formats.values())):
             raise ValueError(
                 f"stage {self.name}: formats must map some of {FORMATS} to positive shares, "
                 f"got {self.formats}"
             )
-        for field in ("num_tokens", "batch_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"stage {self.name}: {field} must be >= 1")
+        lowest = {"num_tokens": 1, "batch_tokens": 1, "warmup_steps": 0}
+        _check_range(self, {**lowest, "learning_rate": 0, "final_learning_rate": 0})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,14 @@ class Recipe:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
+        _check_range(
+            self,
+            {"num_documents": 1, "seed": 0, "weight_decay": 0, "max_grad_norm": 0, "log_every": 1,
+             "save_every": 1},
+        )  # fmt: skip
+        are_numbers = all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)
+        if len(self.betas) != 2 or not are_numbers:
+            raise ValueError(f"betas: expected two numbers from 0 to below 1, got {self.betas}")
         recommended(self.generation, f"recipe {self.name}: generation")  # said now, not at the end
 
 
@@ -79,7 +98,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     """A shipped recipe by its name, or one of your own by its path.
 
     Raises:
-        ValueError: No such recipe, or a key it should not have or lacks.
+        ValueError: No such recipe, a key it should not have or lacks, or a value of another type
+            or out of its range.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -96,12 +116,14 @@ def load_recipe(name_or_path: str) -> Recipe:
     stages = tuple(_build(Stage, stage, "stage") for stage in fields.pop("stage", []))
     if not stages:
         raise ValueError(f"recipe {path}: expected at least one [[stage]]")
-    if "betas" in fields:
+    if isinstance(fields.get("betas"), list):
         fields["betas"] = tuple(fields["betas"])
     return _build(Recipe, {**fields, "model": model, "stages": stages}, "recipe")
 
 
 def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a table, got {fields!r}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - set(known))
     if unknown:
@@ -115,4 +137,25 @@ def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
     ]
     if missing:
         raise ValueError(f"{where}: missing key {', '.join(missing)}")
+    for name, value in fields.items():
+        annotation = str(known[name].type)
+        if not _is_a(annotation, value):
+            raise ValueError(f"{where}: {name}: expected {annotation}, got {value!r}")
     return cls(**fields)
+
+
+def _is_a(annotation: str, value: object) -> bool:
+    if isinstance(value, bool):  # to Python it is an integer as well
+        return annotation == "bool" or annotation not in _TYPES
+    return isinstance(value, _TYPES.get(annotation, object))
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _check_range(settings: object, lowest: dict[str, int]) -> None:
+    for name, low in lowest.items():
+        value = getattr(settings, name)
+        if not low <= value < math.inf:
+            raise ValueError(f"{name}: expected a number >= {low}, got {value}")
