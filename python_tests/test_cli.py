@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -459,6 +460,45 @@ def test_training_goes_on_where_it_stopped(recipe, tmp_path):
     assert answer.exit_code == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_training_after_its_step(recipe, tmp_path, monkeypatch, number):
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    log = TrainingProgress.log
+
+    def log_and_signal(progress, record):
+        log(progress, record)
+        signal.raise_signal(number)
+
+    earlier = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingProgress, "log", log_and_signal)
+        stopped = run("train", recipe, "--out", parts)
+    assert stopped.exit_code == 128 + number
+    assert len(stopped.stdout.splitlines()) == 2  # one step, and the model
+    assert "the same command goes on from here" in stopped.stderr
+    assert signal.getsignal(number) is earlier
+    for out in (parts, whole):
+        assert run("train", recipe, "--out", out).exit_code == 0
+    checkpoints = [(out / "checkpoint.safetensors").read_bytes() for out in (parts, whole)]
+    assert checkpoints[0] == checkpoints[1]
+
+
+def test_what_training_writes_is_as_readable_as_other_files(recipe, tmp_path):
+    assert run("train", recipe, "--out", tmp_path / "run", "--max-steps", 1).exit_code == 0
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert {file.stat().st_mode for file in files} == {recipe.stat().st_mode}
+
+
+def test_a_checkpoint_of_another_model_is_named(recipe, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", recipe, "--out", out, "--max-steps", 1).exit_code == 0
+    (out / "recipe.json").unlink()
+    recipe.write_text(RECIPE.replace("hidden_size = 32", "hidden_size = 48"), "utf-8")
+    result = run("train", recipe, "--out", out)
+    assert result.exit_code == 2
+    assert "or not of this recipe's model" in result.stderr
+
+
 def test_a_run_is_not_continued_with_another_recipe(recipe, tmp_path):
     out = tmp_path / "run"
     run("train", recipe, "--out", out, "--max-steps", 1)
@@ -473,14 +513,22 @@ def test_a_run_is_not_continued_with_another_recipe(recipe, tmp_path):
     [
         (["no-such-recipe"], "recipe: no file 'no-such-recipe', and the shipped ones are: atlas"),
         (["{recipe}", "--data", "missing.jsonl"], "data: expected 'atlas' or a JSONL file"),
+        (["{recipe}", "--data", "{recipe}"], "{recipe}:1: expected a JSON object"),
+        (["{recipe}", "--data", "{bad}"], "document 2: prompt: expected some text"),
+        (["{recipe}", "--data", "{long}"], "document 1: expected at most max_position=256 tokens"),
+        (["{recipe}", "--data", "{latin}"], "{latin}:1: 'utf-8' codec can't decode byte 0xe9"),
         (["{recipe}", "--max-steps", "-1"], "Invalid value for '--max-steps'"),
     ],
 )
 def test_bad_training_input(recipe, tmp_path, args, message):
-    args = [arg.format(recipe=recipe) for arg in args]
-    result = run("train", *args, "--out", tmp_path / "run")
+    files = {"recipe": recipe} | {name: tmp_path / name for name in ("bad", "long", "latin")}
+    good = json.dumps({"prompt": "Hi", "text": GOOD}) + "\n"
+    files["bad"].write_text(good + json.dumps({"prompt": "", "text": GOOD}), "utf-8")
+    files["long"].write_text(json.dumps({"prompt": "word " * 500, "text": GOOD}), "utf-8")
+    files["latin"].write_bytes('{"prompt": "\xe9"}'.encode("latin-1"))
+    result = run("train", *(arg.format(**files) for arg in args), "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"Error: {message}")
+    assert result.stderr.startswith(f"Error: {message.format(**files)}")
 
 
 def test_own_data(recipe, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import huggingface_hub
-import safetensors.torch
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rich.console import Console
@@ -23,7 +22,7 @@ from pdiff_runtime.models.decoder import Decoder
 from pdiff_runtime.models.files import find_file
 from pdiff_runtime.models.gguf_file import GgufFile
 from pdiff_runtime.models.hf_config import shown
-from pdiff_runtime.models.safetensors_folder import SafetensorsFolder
+from pdiff_runtime.models.safetensors_folder import SafetensorsFolder, write_tensors
 from pdiff_runtime.models.tensor_names import GGUF, TensorNames, names_of
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "assets" / "atlas"
@@ -175,7 +174,7 @@ def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloa
         name_of(name): parameter.detach().to(dtype).contiguous()
         for name, parameter in model.named_parameters()
     }
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def _checked(device: torch.device | str) -> torch.device:

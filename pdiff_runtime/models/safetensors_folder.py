@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -89,6 +90,25 @@ class SafetensorsFolder:
         self.shapes[name] = tuple(fields["shape"])
         start += fields["data_offsets"][0]
         self._stored[name] = _Stored(file, start, _DTYPES[fields["dtype"]])
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one go: whoever reads meanwhile sees the old one or the new one.
+
+    Raises:
+        OSError: It cannot be written; what was there stays.
+    """
+    part = file.with_suffix(".tmp")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # the library lets nobody but the owner read its files
+        safetensors.torch.save_file(tensors, part, metadata)
+        part.chmod(mode)
+        part.replace(file)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -212,12 +212,12 @@ def train(
 ) -> None:  # fmt: skip
     """Train a model by a RECIPE.
 
-    It is the name of a shipped one or the path of a TOML file. A run that was stopped goes on from
-    its last checkpoint. At the end the model is in DIR/model.
+    It is the name of a shipped one or the path of a TOML file. A run that was stopped, by Ctrl-C or
+    SIGTERM too, goes on from its last checkpoint. At the end the model is in DIR/model.
     """
     import dataclasses
 
-    from pdiff_runtime.serve.progress import TrainingProgress
+    from pdiff_runtime.serve.progress import StopSignals, TrainingProgress
     from pdiff_runtime.train.recipe import load_recipe
     from pdiff_runtime.train.run import run_recipe
 
@@ -228,14 +228,20 @@ def train(
     check_device(device)
     out = out or Path("runs") / loaded.name
     try:
-        with TrainingProgress(loaded, is_live=sys.stdout.isatty()) as progress:
-            folder = run_recipe(loaded, out, max_steps=max_steps, log=progress.log, device=device)
+        progress = TrainingProgress(loaded, is_live=sys.stdout.isatty())
+        with progress, StopSignals() as stop:
+            folder = run_recipe(
+                loaded, out, max_steps=max_steps, log=progress.log, device=device, is_stopped=stop
+            )
     except KeyboardInterrupt:
-        click.echo(f"stopped; the same command goes on from the last checkpoint in {out}", err=True)
+        click.echo("stopped; the same command goes on from the last checkpoint, if any", err=True)
         sys.exit(130)
     except FloatingPointError as error:
         raise click.ClickException(f"{error}; the last checkpoint in {out} is kept") from error
     click.echo(f"model: {folder}")
+    if stop.number is not None:
+        click.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(128 + stop.number)
 
 
 # --- bench ---------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""How a training run is doing: a bar per stage on a terminal, else a line per log record."""
+"""How a training run is doing: a bar per stage on a terminal, else a line per log record; and the
+signals that stop it."""
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import click
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -44,6 +46,7 @@ class TrainingProgress:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         if self._bars is not None:
+            self._bars.update(self._preparing, visible=False)
             self._bars.stop()
 
     def log(self, record: Record) -> None:
@@ -64,3 +67,43 @@ class TrainingProgress:
         self._bars.update(
             self._task_of[stage], completed=min(int(record["tokens"]), total), note=note
         )
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM as a wish to stop after the step under way; a second one ends at once.
+
+    They are taken from the first time it is asked for the wish, so that what comes before training
+    ends as ever.
+
+    Attributes:
+        number: Of the signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._give_back()
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        if self.number is None and not self._earlier:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._earlier[number] = signal.signal(number, self._take)
+        return self.number is not None
+
+    def _take(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._give_back()
+        click.echo("stopping after this step; once more to stop at once", err=True)
+
+    def _give_back(self) -> None:
+        while self._earlier:
+            signal.signal(*self._earlier.popitem())

@@ -58,10 +58,10 @@ def read_documents(path: str | Path) -> Iterator[TaggedDocument]:
     Raises:
         ValueError: A line that is no document; the message has file and line number.
     """
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield parse_document(line)
+                yield parse_document(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
 

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
 from pdiff_runtime import ops
 from pdiff_runtime.models.attention import PackedAttention
 from pdiff_runtime.models.decoder import Attend, Decoder, init_weights
+from pdiff_runtime.models.safetensors_folder import write_tensors
 from pdiff_runtime.plan import ControlTokens
 from pdiff_runtime.train.data import (
     DocumentEncoder,
+    EncodedDocument,
     PackedBatch,
     PackedDataset,
     TaggedDocument,
@@ -82,10 +84,17 @@ class Trainer:
         """Weights, moments and progress."""
         return self.out_dir / "checkpoint.safetensors"
 
-    def train(self, max_steps: int | None = None) -> None:
+    def train(
+        self, max_steps: int | None = None, *, is_stopped: Callable[[], bool] = lambda: False
+    ) -> None:
         """Run to the end of the last stage, or for ``max_steps`` optimiser steps.
 
+        Args:
+            max_steps: None for as many as there are.
+            is_stopped: Asked before each step whether to save and return.
+
         Raises:
+            ValueError: A malformed document, or one that is longer than the model's positions.
             FloatingPointError: The loss is not finite; nothing is saved over the last checkpoint.
         """
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +104,7 @@ class Trainer:
             stage = self.recipe.stages[self.progress.stage_idx]
             dataset = self._dataset(stage)
             for batch in self._batches(dataset, stage):
-                if steps_left <= 0:
+                if steps_left <= 0 or is_stopped():
                     self.save()
                     return
                 record = self._step(batch, stage)
@@ -114,11 +123,21 @@ class Trainer:
         names, shares = zip(*sorted(stage.formats.items()), strict=True)
         rng = np.random.default_rng([self.recipe.seed, self.progress.stage_idx])
         draws = rng.choice(len(names), len(self.documents), p=np.array(shares) / sum(shares))
-        encoded = [
-            self.encoder(document, names[draw])
-            for document, draw in zip(self.documents, draws, strict=True)
-        ]
+        encoded = [self._encoded(idx, names[draw]) for idx, draw in enumerate(draws)]
         return PackedDataset(encoded, self.tags, isolate_spans=self.recipe.isolate_spans)
+
+    def _encoded(self, document_idx: int, form: str) -> EncodedDocument:
+        try:
+            encoded = self.encoder(self.documents[document_idx], form)
+        except ValueError as error:
+            raise ValueError(f"document {document_idx + 1}: {error}") from error
+        if len(encoded.token_ids) > self.recipe.model.max_position:
+            raise ValueError(
+                f"document {document_idx + 1}: expected at most "
+                f"max_position={self.recipe.model.max_position} tokens, "
+                f"got {len(encoded.token_ids)}"
+            )
+        return encoded
 
     def _batches(self, dataset: PackedDataset, stage: Stage) -> Iterator[PackedBatch]:
         """Batches from the current step to the end of the stage."""
@@ -208,11 +227,7 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
         metadata = {"progress": json.dumps(dataclasses.asdict(self.progress))}
-        temporary = self.checkpoint.with_suffix(".tmp")
-        safetensors.torch.save_file(
-            {k: v.detach() for k, v in tensors.items()}, temporary, metadata
-        )
-        temporary.replace(self.checkpoint)
+        write_tensors(self.checkpoint, {k: v.detach() for k, v in tensors.items()}, metadata)
 
     def _load(self) -> None:
         try:
@@ -221,7 +236,9 @@ class Trainer:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._take(tensors)
         except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"checkpoint: {self.checkpoint} is damaged ({error})") from error
+            raise ValueError(
+                f"checkpoint: {self.checkpoint} is damaged, or not of this recipe's model ({error})"
+            ) from error
 
     @torch.no_grad()
     def _take(self, tensors: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def run_recipe(
     max_steps: int | None = None,
     log: Log = lambda record: None,
     device: torch.device | str = "cpu",
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Train, or go on where the folder's checkpoint stands, and export the model.
 
@@ -44,6 +46,7 @@ def run_recipe(
         max_steps: Optimiser steps of this call; None runs to the end of the recipe.
         log: Called with every log record.
         device: Where to train.
+        is_stopped: Asked before each step whether to stop there, as after `max_steps`.
 
     Returns:
         ``out_dir / "model"``, for :func:`pdiff_runtime.load_model`.
@@ -53,7 +56,7 @@ def run_recipe(
         FloatingPointError: The loss is not finite; the last checkpoint stays as it was.
     """
     trainer = prepare(recipe, out_dir, log=log, device=device)
-    trainer.train(max_steps)
+    trainer.train(max_steps, is_stopped=is_stopped)
     return export(trainer, tokenizer_dir(recipe.tokenizer), out_dir / "model")
 
 
