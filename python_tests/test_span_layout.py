@@ -1,5 +1,6 @@
 """SpanLayout against a mask written straight from the rule, and against its own key-major twin."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdiff_runtime.ops import AttentionPlan
 from pdiff_runtime.plan import ControlTokens, SpanLayout
 
 TAGS = ControlTokens(
@@ -157,6 +159,38 @@ def as_rows(layout):
         )
         for s, (q_lo, q_hi, kind) in enumerate(layout.segments.tolist())
     ]
+
+
+def test_copies_are_the_same_layout():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        token_ids = random_sequence(rng)
+        if spans_of(token_ids, True) is None:
+            continue
+        layout = SpanLayout.from_tokens(token_ids, TAGS)
+        twin = layout.key_major
+        same = copy.deepcopy(layout)
+        for name in ("segments", "interval_ptr", "intervals"):
+            assert np.array_equal(getattr(layout, name), getattr(same, name))
+        assert (layout.num_rows, layout.num_keys) == (same.num_rows, same.num_keys)
+        assert np.array_equal(twin.ranges, same.key_major.ranges)
+
+
+def test_workers_of_a_data_loader_hand_layouts_and_plans_over():
+    loader = torch.utils.data.DataLoader(
+        LAYOUTS, batch_size=None, num_workers=1, collate_fn=with_plan, timeout=60
+    )
+    for expected, (layout, plan) in zip(LAYOUTS, loader, strict=True):
+        assert np.array_equal(layout.segments, expected.segments)
+        assert torch.equal(plan.words, with_plan(expected)[1].words)
+        assert np.array_equal(plan.layouts[0].handle.segments, expected.segments)
+
+
+LAYOUTS = [SpanLayout.from_spans(n, [3, n]) for n in range(1, 5)]
+
+
+def with_plan(layout):
+    return layout, AttentionPlan.pack([layout], num_heads_q=2, num_heads_kv=1, head_dim=64)
 
 
 def test_both_ways_to_the_key_major_twin_agree():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -239,6 +240,17 @@ def test_tags_that_were_added_as_plain_tokens_are_control_tags(tag, config):
     assert tokenizer.decode(tokenizer.encode_text(f"a{tag}b")) == f"a{tag}b"
     with pytest.raises(ValueError, match="contains the control tag"):
         tokenizer.encode_prompt(f"a{tag}b")
+
+
+def test_copies_are_the_same_tokenizer(tokenizer):
+    same = copy.deepcopy(tokenizer)
+    text = "What is <sync/> 12?"
+    assert same.encode(text) == tokenizer.encode(text)
+    assert same.encode_text(text) == tokenizer.encode_text(text)
+    assert same.encode_prompt("Hi", escape=True) == tokenizer.encode_prompt("Hi", escape=True)
+    assert same.control_tokens() == tokenizer.control_tokens()
+    with pytest.raises(ValueError, match="contains the control tag"):
+        same.encode_prompt(text)
 
 
 def test_threads_share_a_tokenizer(tokenizer):

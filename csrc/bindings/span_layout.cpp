@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -58,6 +59,35 @@ SpanLayout from_segments(int64_t num_keys, const std::vector<int64_t>& num_rows,
                               kind.data(), interval_ptr.data(), intervals.data());
 }
 
+// The arguments of from_segments, and whether the layout is one of a token sequence.
+using LayoutState = std::tuple<int64_t, std::vector<int64_t>, std::vector<int32_t>,
+                               std::vector<int64_t>, std::vector<int64_t>, bool>;
+
+LayoutState layout_state(const SpanLayout& layout) {
+  std::vector<int64_t> num_rows, intervals;
+  std::vector<int32_t> kind;
+  for (const Segment& segment : layout.segments) {
+    num_rows.push_back(segment.q_hi - segment.q_lo);
+    kind.push_back(segment.kind);
+  }
+  for (const KeyInterval& interval : layout.intervals) {
+    intervals.insert(intervals.end(), {interval.lo, interval.hi});
+  }
+  return {layout.num_keys,
+          num_rows,
+          kind,
+          {layout.interval_ptr.begin(), layout.interval_ptr.end()},
+          intervals,
+          layout.is_token_sequence};
+}
+
+SpanLayout layout_of_state(const LayoutState& state) {
+  const auto& [num_keys, num_rows, kind, interval_ptr, intervals, is_token_sequence] = state;
+  SpanLayout layout = from_segments(num_keys, num_rows, kind, interval_ptr, intervals);
+  layout.is_token_sequence = is_token_sequence;
+  return layout;
+}
+
 py::array_t<bool> dense_mask(const SpanLayout& layout) {
   py::array_t<bool> mask({layout.num_rows, layout.num_keys});
   write_dense_mask(layout, reinterpret_cast<uint8_t*>(mask.mutable_data()));
@@ -94,7 +124,8 @@ void bind_span_layout(py::module_& m) {
                              })
       .def("num_visible_pairs", &num_visible_pairs)
       .def("dense_mask", &dense_mask)
-      .def("key_major", &key_major);
+      .def("key_major", &key_major)
+      .def(py::pickle(&layout_state, &layout_of_state));
 
   py::class_<KeyMajorLayout>(m, "KeyMajorLayout")
       .def_property_readonly("segments",

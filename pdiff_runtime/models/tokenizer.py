@@ -45,6 +45,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        self._config = config
         self.tag_names = _tag_names(config.get("pdiff", {}))
         template = _default_template(config.get("chat_template"))
         self._template = None if template is None else ChatTemplate(template)
@@ -62,6 +63,10 @@ class Tokenizer:
         names = {*special, *(token.content for token in added if token.special)}
         ids = {name: self.token_to_id(name) for name in names}
         self._special = {name: i for name, i in ids.items() if i is not None}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and other processes: templates and what the backends are told are not kept."""
+        return type(self), (self.backend, self._config)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Tokenizer | None:

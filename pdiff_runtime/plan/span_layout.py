@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,10 @@ class SpanLayout:
     def __init__(self, handle: structures.SpanLayout) -> None:
         self.handle = handle
         """The compiled layout that ``ops.AttentionPlan`` packs."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and other processes: the layout alone, without what was derived from it."""
+        return type(self), (self.handle,)
 
     @classmethod
     def from_tokens(
