@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from pdiff_runtime.hf import register_hf
     from pdiff_runtime.models import Decoder, load_model
     from pdiff_runtime.plan import ControlTokens, SpanLayout
+
+if importlib.util.find_spec(f"{__name__}._C") is None:
+    raise ImportError(
+        f"pdiff_runtime: {__path__[0]} is source code that is not built; build it in its place "
+        "(pip install -e .), or start Python in another folder to import what is installed"
+    )
 
 __all__ = [
     "LLM",

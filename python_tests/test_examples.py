@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="needs the source 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
     process = subprocess.Popen(
-        [sys.executable, str(SERVER), "0"], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, str(SERVER), "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("listening on ")
@@ -58,6 +59,8 @@ def test_the_server_survives_bad_requests(server):
     )  # fmt: skip
     assert ["error" in line for line in lines[:7]] == [True] * 7
     assert lines[-1] == {"done": "stop"}
+    line = lines_of(server[1], json.dumps({"prompt": "word " * 20_000}))[0]
+    assert line["error"].startswith("ValueError: ")
 
 
 def test_hanging_up_is_no_trouble_and_sigterm_ends_it(server):
@@ -66,10 +69,14 @@ def test_hanging_up_is_no_trouble_and_sigterm_ends_it(server):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             client.sendall(b'{"prompt": "Tell me about Chad: capital, climate."}\n')
     assert lines_of(port, '{"prompt": "What is the currency of Japan?"}')[-1] == {"done": "stop"}
-    process.send_signal(signal.SIGTERM)
-    started = time.monotonic()
-    assert process.wait(30) == 0
+    with socket.create_connection(("127.0.0.1", port), timeout=60):  # one that says nothing
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(30) == 0
     assert time.monotonic() - started < 15
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
 
 
 def test_a_transformers_model_learns_a_fact_and_tells_it():

@@ -86,6 +86,15 @@ def test_import_touches_no_network_no_device_and_no_extra():
     assert json.loads(result.stdout) == {"network": [], "optional": [], "cuda": False}
 
 
+def test_source_that_is_not_built_says_so(tmp_path):
+    package = tmp_path / "pdiff_runtime"
+    package.mkdir()
+    shutil.copy(ROOT / "pdiff_runtime" / "__init__.py", package)
+    result = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pdiff_runtime")
+    assert result.returncode == 1
+    assert f"{package} is source code that is not built" in result.stderr
+
+
 def test_import_is_safe_where_no_cuda_device_is_visible():
     code = "from pdiff_runtime import _C; print(_C.cuda_device_count())"
     result = run_python(code, CUDA_VISIBLE_DEVICES="")

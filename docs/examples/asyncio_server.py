@@ -22,9 +22,12 @@ async def serve(engine, reader, writer):
     def send(**fields):
         writer.write(json.dumps(fields).encode() + b"\n")
 
-    with contextlib.suppress(ConnectionError):
-        while line := await reader.readline():
+    with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+        while True:
             try:
+                line = await reader.readline()
+                if not line:
+                    break
                 request = json.loads(line)
                 params = dataclasses.replace(engine.llm.default_params, **request.get("params", {}))
                 events = engine.stream(

@@ -1,5 +1,6 @@
 """Planned diffusion in a stock Hugging Face model: ask it, teach it a fact, ask it again.
 
+    pip install 'pdiff_runtime[hf]'
     python docs/examples/hf_transformers.py
 
 The weights are those of the bundled model, loaded by transformers; any Qwen2 or Llama checkpoint
