@@ -232,7 +232,8 @@ def load(_num_rounds: int) -> list[Record]:
             (f"{name}, ar, 120 tokens", engine_of(name), [p[:-1] for p in random_prompts], short,
              sizes),
         ]  # fmt: skip
-    print(f"{'':22}{runs.heading()}")
+    for row in runs.heading():
+        print(f"{'':22}{row}")
     for name, of_case, some, params, sizes in cases:
         runs.serve(of_case, some[-1:], [params])
         for size in sizes:

@@ -134,6 +134,7 @@ def test_answers_are_timed(arguments):
 
 
 def test_a_load_is_a_list_of_numbers():
+    assert CliRunner().invoke(cli, ["bench", "latency", "--runs", "0"]).exit_code == 2
     result = CliRunner().invoke(cli, ["bench", "throughput", "--requests", "1,none"])
     assert result.exit_code == 2
     assert "--requests: expected numbers like 1,4,16, got '1,none'" in result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -419,7 +420,8 @@ def test_one_call_at_a_time(llm):
 
 def test_ids_may_be_an_array(llm):
     (as_list,), (as_tensor,) = llm.generate([PROMPT]), llm.generate(torch.tensor(PROMPT))
-    assert as_list.token_ids == as_tensor.token_ids
+    (of_numpy,) = llm.generate(list(np.array(PROMPT)))
+    assert as_list.token_ids == as_tensor.token_ids == of_numpy.token_ids
 
 
 @pytest.mark.parametrize("prompts", [None, 5, b"abc", {"role": "user"}])

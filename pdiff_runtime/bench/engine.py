@@ -119,30 +119,35 @@ def one_by_one(
 
 
 HEADINGS = (
-    ("requests", "num_requests", "d"),
-    ("req/s", "requests_per_s", ".2f"),
-    ("tokens/s", "tokens_per_s", ".0f"),
-    ("plan ms", "ms_to_plan", ".1f"),
-    ("span ms", "ms_to_span", ".1f"),
-    ("answer ms", "ms_to_end", ".1f"),
-    ("critical path", "critical_path", ".1f"),
-    ("steps", "num_steps", "d"),
-    ("step ms", "step_ms", ".2f"),
-    ("scheduling", "scheduling", ".1%"),
-    ("overhead", "overhead", ".1%"),
+    ("at", "once", "num_requests", "d"),
+    ("", "req/s", "requests_per_s", ".2f"),
+    ("", "tok/s", "tokens_per_s", ".0f"),
+    ("plan", "ms", "ms_to_plan", ".1f"),
+    ("span", "ms", "ms_to_span", ".1f"),
+    ("answer", "ms", "ms_to_end", ".1f"),
+    ("", "path", "critical_path", ".1f"),
+    ("", "steps", "num_steps", "d"),
+    ("step", "ms", "step_ms", ".2f"),
+    ("sched-", "uling", "scheduling", ".1%"),
+    ("over-", "head", "overhead", ".1%"),
 )
-"""Columns of the tables: title, key of :meth:`Served.record`, format."""
+"""Columns of the tables: title in two lines, key of :meth:`Served.record`, format."""
 
 
-def heading() -> str:
-    """The first line of a table."""
-    return "  ".join(f"{title:>13}" for title, _, _ in HEADINGS)
+def heading() -> list[str]:
+    """The first two lines of a table, which fits a terminal."""
+    tops, titles, _, _ = zip(*HEADINGS, strict=True)
+    return [_in_columns(tops), _in_columns(titles)]
 
 
 def line(record: dict[str, Any]) -> str:
     """A record as a line of the table."""
-    cells = ("-" if record[key] is None else format(record[key], form) for _, key, form in HEADINGS)
-    return "  ".join(f"{cell:>13}" for cell in cells)
+    fields = [(record[key], form) for *_, key, form in HEADINGS]
+    return _in_columns(["-" if value is None else format(value, form) for value, form in fields])
+
+
+def _in_columns(cells: Sequence[str]) -> str:
+    return " ".join(f"{cell:>6}" for cell in cells)
 
 
 class _Stopwatch:

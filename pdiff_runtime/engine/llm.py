@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import numbers
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from pdiff_runtime.plan import ControlTokens
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """A user's text, a conversation (``[{"role": ..., "content": ...}]``), or token ids."""
 
+_INTEGERS = (int, numbers.Integral)  # the first is quickly told; numpy's are among the second
 _Request = tuple[str, list[int], GenerationParams, list[list[int]]]
 
 
@@ -315,7 +317,7 @@ def _is_ids(value: object) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str | bytes)
         and len(value) > 0
-        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        and all(isinstance(item, _INTEGERS) and not isinstance(item, bool) for item in value)
     )
 
 

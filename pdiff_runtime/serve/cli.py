@@ -17,6 +17,7 @@ import click
 
 from pdiff_runtime.serve.eval import evaluation
 from pdiff_runtime.serve.options import (
+    SPINNER,
     check_device,
     device_option,
     generation_options,
@@ -120,7 +121,8 @@ def generate(
     console = Console(highlight=False)
     is_live = not (plain or is_json) and console.is_terminal
     is_bundled = options["model"] is None  # others show a bar
-    with console.status("loading") if is_live and is_bundled else contextlib.nullcontext():
+    waiting = console.status("loading", spinner=SPINNER)
+    with waiting if is_live and is_bundled else contextlib.nullcontext():
         from pdiff_runtime.serve.generate import as_json, complaint, parse_plan, watch
 
         user_plan = None if plan is None else parse_plan(plan)
@@ -180,6 +182,8 @@ def check_env(is_json: bool) -> None:
         click.echo("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
         return
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut is none
     for name, text in rows:
         style = "yellow" if name.startswith("no ") or text.startswith("not ") else ""
         table.add_row(name, text, style=style)
@@ -252,7 +256,7 @@ def bench() -> None:
     """Measure this machine: what it is worth, and against what."""
 
 
-@bench.command()
+@bench.command(short_help="Time the CPU kernels against torch.")
 @click.argument("kernel", nargs=-1, metavar="[KERNEL]...")
 @click.option(
     "--out",
@@ -309,7 +313,9 @@ def kernels(
 
 
 load_options = (
-    click.option("--model", metavar="PATH_OR_ID", help="Model folder or hub id; default: bundled."),
+    click.option(
+        "--model", metavar="PATH_OR_ID", help="Model folder, GGUF file or hub id; default: bundled."
+    ),
     click.option(
         "--prompt",
         "prompts",
@@ -317,8 +323,15 @@ load_options = (
         metavar="TEXT",
         help="A prompt, as often as wanted; default: held-out ones of the bundled model.",
     ),
-    click.option("--mode", default="planned", metavar="MODE", help="planned, ar or diffusion."),
-    click.option("--max-tokens", type=int, default=200, metavar="N", help="Of an answer."),
+    click.option(
+        "--mode",
+        default="planned",
+        metavar="MODE",
+        help="planned (default), ar, diffusion, fast_dllm or skeleton.",
+    ),
+    click.option(
+        "--max-tokens", type=int, default=200, metavar="N", help="Of an answer; default 200."
+    ),
     click.option("--invariant", is_flag=True, help="With EngineConfig(batch_invariant=True)."),
     click.option("--json", "is_json", is_flag=True, help="One JSON object per line."),
     threads_option,
@@ -331,15 +344,22 @@ def _with_load_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@bench.command()
+@bench.command(short_help="Time answers one at a time.")
 @_with_load_options
-@click.option("--runs", type=int, default=10, metavar="N", help="Answers to time; default: 10.")
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=10, metavar="N",
+    help="Answers to time; default: 10.",
+)  # fmt: skip
 def latency(runs: int, **load: Any) -> None:
-    """Time answers one at a time: to the plan, to the first full span, to the end."""
+    """Time answers one at a time: to the plan, to the first full span, to the end.
+
+    PATH is the forwards of an answer that have to wait for one another, SCHEDULING the share of a
+    step outside the forward, OVERHEAD that outside the model.
+    """
     _bench_load([1] * runs, **load)
 
 
-@bench.command()
+@bench.command(short_help="Time answers to many prompts at once.")
 @_with_load_options
 @click.option(
     "--requests",
@@ -348,7 +368,10 @@ def latency(runs: int, **load: Any) -> None:
     help="How many are submitted at once; default: 1,4,16,64.",
 )
 def throughput(requests: str, **load: Any) -> None:
-    """Time answers to many prompts at once: requests and tokens in a second, steps, overhead."""
+    """Time answers to many prompts at once: requests and tokens in a second, steps, overhead.
+
+    Columns are those of pdiff bench latency.
+    """
     try:
         sizes = [int(size) for size in requests.split(",")]
     except ValueError:
@@ -384,7 +407,7 @@ def _bench_load(
     runs.serve(llm, prompt_ids[:1], [params])  # warm
     if not is_json:
         click.echo(machine())
-        click.echo(runs.heading())
+        click.echo("\n".join(runs.heading()))
     for idx, size in enumerate(sizes):
         some = [prompt_ids[(idx + i) % len(prompt_ids)] for i in range(size)]
         llm.engine.allocator.clear_cache()
@@ -465,7 +488,7 @@ def validate(file: str, tokenizer: str, length_unit: int | None, max_errors: int
 
     unit = length_unit_of(tokenizer) if length_unit is None else length_unit
     console = Console(highlight=False)
-    with console.status(f"checking {file}"):
+    with console.status(f"checking {file}", spinner=SPINNER):
         report = validate_file(file, load_encoder(tokenizer, unit))
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("family")

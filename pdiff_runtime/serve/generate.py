@@ -25,6 +25,7 @@ from pdiff_runtime.engine.params import UserRound
 from pdiff_runtime.plan import ControlTokens
 from pdiff_runtime.plan.visible import visible_parts
 from pdiff_runtime.serve.live import LiveRound
+from pdiff_runtime.serve.options import SPINNER
 
 
 def parse_plan(text: str) -> list[UserRound]:
@@ -119,7 +120,7 @@ def watch(
     """
     shown = (PlanReady, SpanUpdate, Finished)
     clock = Stopwatch(e for e in llm.stream(prompt, params) if isinstance(e, shown))
-    with console.status("writing" if params.mode == "ar" else "planning"):
+    with console.status("writing" if params.mode == "ar" else "planning", spinner=SPINNER):
         event = next(clock)
     while isinstance(event, PlanReady):
         event = _watch_round(llm, event, clock, console, pace)
