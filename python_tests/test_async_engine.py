@@ -198,6 +198,7 @@ def test_bad_requests_are_refused_and_harm_nobody(llm):
             ([99], {}, ValueError, "expected ids from 0 to 57"),
             ([55], {}, ValueError, "control token 55"),
             (PROMPTS[0], {"request_id": "a"}, DuplicateRequestError, "'a' is already there"),
+            (PROMPTS[0], {"request_id": 5}, ValueError, "request_id: expected str, got 5"),
             (PROMPTS[0], {"timeout_s": 0}, ValueError, "timeout_s: expected"),
             (PROMPTS[0], {"params": {"n": 2}}, ValueError, "params: expected GenerationParams"),
             (PROMPTS[0], {"priority": 1 << 63}, ValueError, "priority: expected"),

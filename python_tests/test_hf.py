@@ -571,6 +571,7 @@ BAD_CALLS = {
     "tags": ({"pdiff_tags": None}, "pdiff_tags, pdiff_tokenizer"),
     "tokenizer": ({"pdiff_tags": None, "tokenizer": 1}, "pdiff_tags, pdiff_tokenizer"),
     "slow tokenizer": ({"pdiff_tags": None, "pdiff_tokenizer": 1}, "pdiff_tokenizer.*int"),
+    "a dictionary": ({"pdiff_params": {"n": 2}}, "pdiff_params: expected GenerationParams"),
     "tokens": ({"pdiff_params": GenerationParams(max_tokens=9)}, "max_tokens.*max_new_tokens"),
     "temperature": ({"pdiff_params": GenerationParams(temperature=0.5)}, "temperature"),
     "samples": ({"pdiff_params": GenerationParams(n=2)}, "num_return_sequences"),

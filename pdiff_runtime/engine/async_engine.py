@@ -20,7 +20,7 @@ from typing import Literal, Self
 from pdiff_runtime.engine.errors import DuplicateRequestError, EngineDeadError, OverloadedError
 from pdiff_runtime.engine.llm import LLM, Prompt
 from pdiff_runtime.engine.output import Event, Finished, RequestOutput
-from pdiff_runtime.engine.params import GenerationParams
+from pdiff_runtime.engine.params import GenerationParams, check_type
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +221,7 @@ class AsyncEngine:
         if request_id is None:
             self._num_requests += 1
             request_id = f"async-{self._num_requests}"
+        check_type("request_id", request_id, str)
         if request_id in self._streams:
             raise DuplicateRequestError(f"request_id: {request_id!r} is already there")
         params = params or self.llm.default_params

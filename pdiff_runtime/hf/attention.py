@@ -42,6 +42,8 @@ def register_hf() -> None:
       into one row, with ``position_ids`` that restart, and under ``torch.compile``.
     - None: plain causal attention.
 
+    Other implementations take the keyword too, and ignore it.
+
     Plans of layouts are kept, so that a forward packs its layouts once and not in every layer.
     Gradients flow. What the kernel does not compute is refused with a ``ValueError`` that names it:
     padding masks and dense masks, dropout, sliding windows, soft caps, attention sinks, attention
