@@ -215,6 +215,8 @@ def test_a_cut_answer_says_so(model_dir):
         ([PROMPT, "--dtype", "float64"], "Invalid value for '--dtype'"),
         ([PROMPT, "--device", "gpu"], "device: expected cpu, cuda or cuda:N, got 'gpu'"),
         ([PROMPT, "--threads", 0], "Invalid value for '--threads'"),
+        ([PROMPT, "--threads", 100_000], "Invalid value for '--threads'"),
+        ([PROMPT, "--pace", "inf"], "Invalid value for '--pace'"),
         ([PROMPT, "--plan", "capital"], "plan: not valid JSON"),
         ([PROMPT, "--plan", "5"], "plan: expected [["),
         ([PROMPT, "--plan", "[]"], "plan: expected [["),
@@ -231,6 +233,15 @@ def test_bad_input_is_one_line_and_exit_code_2(model_dir, args, message):
     assert result.stdout == ""
     assert result.stderr.startswith(f"Error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from pdiff_runtime.serve.cli import main; main()"
+    command = [sys.executable, "-c", code, "check-env"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_a_damaged_model_is_one_line(model_dir, tmp_path):

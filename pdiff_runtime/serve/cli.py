@@ -53,6 +53,8 @@ class Cli(click.Group):
             raise InputError(f"{message} (see {command} --help)") from error
         except ValueError as error:
             raise InputError(str(error)) from error
+        except BrokenPipeError:  # a reader that has seen enough; click ends in silence
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise InputError(f"{where}{error.strerror or error}") from error
@@ -97,7 +99,7 @@ def main() -> None:
 )
 @click.option(
     "--pace",
-    type=click.FloatRange(min=0.0),
+    type=click.FloatRange(min=0.0, max=60.0),
     default=0.08,
     metavar="SECONDS",
     help="Least time a denoising step stays on the screen; default 0.08. It is not "

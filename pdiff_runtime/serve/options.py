@@ -16,7 +16,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 SPINNER = "line"  # in ASCII: terminals need not know Unicode
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores."
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; default: all cores."
 )
 device_option = click.option(
     "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:N."
