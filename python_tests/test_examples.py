@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from pdiff_runtime.serve.cli import cli
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 SERVER = EXAMPLES / "asyncio_server.py"
@@ -77,6 +82,19 @@ def test_hanging_up_is_no_trouble_and_sigterm_ends_it(server):
     assert time.monotonic() - started < 15
     assert process.stderr is not None
     assert process.stderr.read() == ""
+
+
+def test_the_page_on_training_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (EXAMPLES.parent / "training.md").read_text(), re.S)
+    text = dict(blocks)
+    Path("data.jsonl").write_text(text["json"], "utf-8")
+    Path("recipe.toml").write_text(text["toml"], "utf-8")
+    commands = [shlex.split(line, comments=True) for line in text["bash"].splitlines()]
+    assert [command[:2] for command in commands] == [["pdiff", "train"], ["pdiff", "generate"]]
+    for command in (["data", "validate", "data.jsonl"], *(c[1:] for c in commands)):
+        result = CliRunner().invoke(cli, [*command, *["--max-steps=2"] * (command[0] == "train")])
+        assert result.exit_code == 0, result.output
 
 
 def test_a_transformers_model_learns_a_fact_and_tells_it():
