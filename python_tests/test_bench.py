@@ -135,6 +135,9 @@ def test_answers_are_timed(arguments):
 
 def test_a_load_is_a_list_of_numbers():
     assert CliRunner().invoke(cli, ["bench", "latency", "--runs", "0"]).exit_code == 2
-    result = CliRunner().invoke(cli, ["bench", "throughput", "--requests", "1,none"])
-    assert result.exit_code == 2
-    assert "--requests: expected numbers like 1,4,16, got '1,none'" in result.output
+    for wrong in ("1,none", "0", "1,5000"):
+        result = CliRunner().invoke(cli, ["bench", "throughput", "--requests", wrong])
+        assert result.exit_code == 2
+        assert (
+            f"--requests: expected numbers up to 4096 like 1,4,16, got {wrong!r}" in result.output
+        )

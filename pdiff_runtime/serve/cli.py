@@ -374,12 +374,15 @@ def throughput(requests: str, **load: Any) -> None:
 
     Columns are those of pdiff bench latency.
     """
+    from pdiff_runtime import EngineConfig
+
     try:
         sizes = [int(size) for size in requests.split(",")]
     except ValueError:
         sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"--requests: expected numbers like 1,4,16, got {requests!r}")
+    most = EngineConfig().max_waiting
+    if not sizes or not 1 <= min(sizes) <= max(sizes) <= most:
+        raise ValueError(f"--requests: expected numbers up to {most} like 1,4,16, got {requests!r}")
     _bench_load(sizes, **load)
 
 
@@ -480,6 +483,7 @@ def synth(out: Path, num_documents: int, seed: int | None, rebuild_facts: bool) 
 def validate(file: str, tokenizer: str, length_unit: int | None, max_errors: int) -> None:
     """Check a tagged JSONL FILE; exit code 1 if a document is bad.
 
+    A document is a line like {"prompt": "Hi", "text": "<topic>reply1</topic><async>Hello</async>"}.
     Checked are tags, topics against spans, announced lengths, and that tokens decode to the text.
     """
     from rich.console import Console

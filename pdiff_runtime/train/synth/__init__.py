@@ -33,10 +33,15 @@ NUM_TOKENIZER_DOCUMENTS = 30_000
 
 
 def write_jsonl(records: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write one JSON object per line."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=True) + "\n")
+    """Write one JSON object per line; the file is there when it is whole."""
+    part = path.with_suffix(".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=True) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def synth(
