@@ -439,6 +439,12 @@ def test_parameters_of_other_types_are_refused(llm, params):
     assert not llm.engine.has_work
 
 
+def test_autocast_of_the_caller_changes_nothing(llm):
+    expected = llm.generate(PROMPT)[0].token_ids
+    with torch.autocast("cpu", torch.bfloat16):
+        assert llm.generate(PROMPT)[0].token_ids == expected
+
+
 @pytest.mark.parametrize("name", ["tags", "tokenizer", "config"])
 def test_arguments_of_other_types_are_refused(tiny_model, tiny_tags, name):
     with pytest.raises(ValueError, match=f"{name}: expected [A-Z].*, got {{}}"):

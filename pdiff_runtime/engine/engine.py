@@ -272,12 +272,13 @@ class Engine:
 
     @torch.inference_mode()  # buffers that stay are written in every step, whoever calls
     def step(self) -> list[Event]:
-        """Admit what fits, forward once, and say what happened.
+        """Admit what fits, forward once outside any autocast, and say what happened.
 
         Where it raises, because of the caller's ``decode`` for one, the request that it was about
         can only be ended; the others go on, and what has happened comes with the next events.
         """
-        with self.runner.on_device():
+        device = self.runner.device.type
+        with self.runner.on_device(), torch.autocast(device, enabled=False):
             try:
                 self._step()
             except BaseException:
