@@ -144,6 +144,13 @@ def test_shapes_are_checked():
         apply_noise(IDS, TAGS, t=0.5, u=torch.zeros(3))
     with pytest.raises(ValueError, match="cu_seqlens: expected ascending from 0 to 13"):
         apply_noise(IDS, TAGS, t=0.5, u=torch.zeros(13), cu_seqlens=torch.tensor([0, 5]))
+    for t in (torch.tensor([0.5, 0.5]), torch.full((13,), 0.5), -0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="t: expected one or 1 numbers from 0 to 1, got"):
+            apply_noise(IDS, TAGS, t=t, u=torch.zeros(13))
+        with pytest.raises(ValueError, match="t: expected one or 1 numbers from 0 to 1, got"):
+            hybrid_weights(IDS, IDS, TAGS, t=t)
+    with pytest.raises(ValueError, match=r"prompt_lens: expected shape \[1\], got \[2\]"):
+        apply_noise(IDS, TAGS, t=0.5, u=torch.zeros(13), prompt_lens=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="mode: expected one of .* got 'hybrid'"):
         hybrid_loss(torch.zeros(13, 30), IDS, IDS, TAGS, t=0.5, mode="hybrid")
     with pytest.raises(ValueError, match="compat: expected None or 'published'"):

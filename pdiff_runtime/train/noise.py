@@ -86,13 +86,19 @@ def in_prompt(bounds: list[tuple[int, int]], prompt_lens: Tensor | None) -> Tens
     """``[n]`` bool: the first ``prompt_len - 1`` tokens of each document."""
     result = torch.zeros(bounds[-1][1], dtype=torch.bool, device="cpu")
     if prompt_lens is not None:
+        if prompt_lens.shape != (len(bounds),):
+            raise ValueError(
+                f"prompt_lens: expected shape [{len(bounds)}], got {list(prompt_lens.shape)}"
+            )
         for (lo, hi), prompt_len in zip(bounds, prompt_lens.tolist(), strict=True):
             result[lo : min(hi, lo + max(0, prompt_len - 1))] = True
     return result
 
 
-def per_token(values: Tensor | float, bounds: list[tuple[int, int]]) -> Tensor:
-    """Repeat one fp32 value per document over its tokens: ``[n]``."""
+def per_token(t: Tensor | float, bounds: list[tuple[int, int]]) -> Tensor:
+    """Repeat the noise level of each document over its tokens: ``[n]`` fp32."""
     lengths = torch.tensor([hi - lo for lo, hi in bounds], device="cpu")
-    values = torch.as_tensor(values, dtype=torch.float32, device="cpu")
-    return torch.repeat_interleave(values.reshape(-1).expand(len(bounds)), lengths)
+    t = torch.as_tensor(t, dtype=torch.float32, device="cpu").reshape(-1)
+    if len(t) not in (1, len(bounds)) or not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t: expected one or {len(bounds)} numbers from 0 to 1, got {t}")
+    return torch.repeat_interleave(t.expand(len(bounds)), lengths)
