@@ -107,6 +107,12 @@ def test_a_damaged_checkpoint_is_named(encoder, tmp_path, name, change):
         Trainer(recipe(), DOCUMENTS, encoder, tmp_path)
 
 
+def test_a_run_does_not_go_on_with_other_documents(encoder, tmp_path):
+    Trainer(recipe(), DOCUMENTS, encoder, tmp_path).train(max_steps=1)
+    with pytest.raises(ValueError, match="is of other documents; the data have changed since"):
+        Trainer(recipe(), DOCUMENTS[1:], encoder, tmp_path)
+
+
 def test_it_learns(encoder, tmp_path):
     records: list[dict] = []
     stage = Stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -69,6 +70,7 @@ class Trainer:
         self.recipe, self.encoder, self.out_dir, self.log = recipe, encoder, out_dir, log
         self.tags: ControlTokens = encoder.tags
         self.documents = documents
+        self._digest = _digest(documents)
         with torch.device("cpu"):
             self.model = Decoder(recipe.model)
         init_weights(self.model, recipe.seed)
@@ -226,19 +228,27 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        metadata = {"progress": json.dumps(dataclasses.asdict(self.progress))}
+        metadata = {
+            "progress": json.dumps(dataclasses.asdict(self.progress)),
+            "documents": self._digest,
+        }
         write_tensors(self.checkpoint, {k: v.detach() for k, v in tensors.items()}, metadata)
 
     def _load(self) -> None:
         try:
             with safetensors.safe_open(self.checkpoint, framework="pt") as file:
-                self.progress = Progress(**json.loads(file.metadata()["progress"]))
+                metadata = file.metadata()
+                self.progress = Progress(**json.loads(metadata["progress"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._take(tensors)
         except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"checkpoint: {self.checkpoint} is damaged, or not of this recipe's model ({error})"
             ) from error
+        if metadata.get("documents") not in (None, self._digest):
+            raise ValueError(
+                f"checkpoint: {self.checkpoint} is of other documents; the data have changed since"
+            )
 
     @torch.no_grad()
     def _take(self, tensors: dict[str, Tensor]) -> None:
@@ -263,6 +273,12 @@ class Trainer:
         with open(self.out_dir / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.log(record)
+
+
+def _digest(documents: list[TaggedDocument]) -> str:
+    """Equal for equal documents in the same order."""
+    text = json.dumps([dataclasses.astuple(document) for document in documents])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def learning_rate(stage: Stage, progress: Progress) -> float:
