@@ -404,6 +404,20 @@ def test_broken_data_is_listed_with_its_lines(tmp_path):
     assert sum(line.startswith(f"{file}:") for line in shown) == 2
 
 
+def test_brackets_are_no_markup(recipe, tmp_path, capsys):
+    data = tmp_path / "[v2]" / "[" / "b].jsonl"
+    data.parent.mkdir(parents=True)
+    document = {"prompt": "Hi", "text": GOOD, "family": "[red]"}
+    data.write_text(json.dumps(document) + "\n", "utf-8")
+    result = run("data", "validate", data)
+    assert result.exit_code == 0
+    assert "[red]" in result.stdout
+    recipe.write_text(RECIPE.replace('"ar"', '"[/ar]"'), "utf-8")
+    with TrainingProgress(load_recipe(str(recipe)), is_live=True) as progress:
+        progress.log(RECORD | {"stage": "[/ar]"})
+    assert "[/ar]" in capsys.readouterr().out
+
+
 def test_validating_nothing_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     for file in (tmp_path / "empty.jsonl", tmp_path / "missing.jsonl"):
@@ -444,6 +458,12 @@ num_tokens = 1000
 formats = { planned = 0.8, untagged = 0.1, diffusion = 0.1 }
 batch_tokens = 256
 """
+
+
+RECORD = {
+    "stage": "ar", "step": 1, "tokens": 200, "loss": 7.6, "loss_ar": 7.6, "loss_span": 0.0,
+    "grad_norm": 1.0, "lr": 1e-3, "seconds": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -558,13 +578,9 @@ def test_a_vocabulary_must_fit_its_model(recipe, tmp_path):
 
 
 def test_bars_take_every_record(recipe, capsys):
-    record = {
-        "stage": "ar", "step": 1, "tokens": 200, "loss": 7.6, "loss_ar": 7.6, "loss_span": 0.0,
-        "grad_norm": 1.0, "lr": 1e-3, "seconds": 1.0,
-    }  # fmt: skip
     with TrainingProgress(load_recipe(str(recipe)), is_live=True) as progress:
-        progress.log(record)
-        progress.log(record | {"stage": "planned", "tokens": 1000})
+        progress.log(RECORD)
+        progress.log(RECORD | {"stage": "planned", "tokens": 1000})
     shown = capsys.readouterr().out
     assert "50.0%" in shown
     assert "100.0%" in shown

@@ -120,7 +120,7 @@ def generate(
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     is_live = not (plain or is_json) and console.is_terminal
     is_bundled = options["model"] is None  # others show a bar
     waiting = console.status("loading", spinner=SPINNER)
@@ -189,7 +189,7 @@ def check_env(is_json: bool) -> None:
     for name, text in rows:
         style = "yellow" if name.startswith("no ") or text.startswith("not ") else ""
         table.add_row(name, text, style=style)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -488,13 +488,14 @@ def validate(file: str, tokenizer: str, length_unit: int | None, max_errors: int
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from pdiff_runtime.train.run import length_unit_of, load_encoder
     from pdiff_runtime.train.validate import validate as validate_file
 
     unit = length_unit_of(tokenizer) if length_unit is None else length_unit
-    console = Console(highlight=False)
-    with console.status(f"checking {file}", spinner=SPINNER):
+    console = Console(highlight=False, markup=False)
+    with console.status(Text(f"checking {file}"), spinner=SPINNER):
         report = validate_file(file, load_encoder(tokenizer, unit))
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("family")

@@ -114,7 +114,7 @@ def atlas(
     if is_json:
         click.echo(json.dumps(result))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for paragraph in (_title(header), table_of(report), _summary(report, batch)):
         console.print(paragraph)
         console.print()

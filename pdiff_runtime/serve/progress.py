@@ -30,7 +30,7 @@ class TrainingProgress:
         self._preparing = TaskID(0)
         if is_live:
             self._bars = Progress(
-                TextColumn("{task.description}"), BarColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(),
                 TextColumn("{task.percentage:>5.1f}%"),
                 TextColumn("{task.fields[note]}", style="dim"), TimeRemainingColumn(),
             )  # fmt: skip
