@@ -90,7 +90,9 @@ def test_source_that_is_not_built_says_so(tmp_path):
     package = tmp_path / "pdiff_runtime"
     package.mkdir()
     shutil.copy(ROOT / "pdiff_runtime" / "__init__.py", package)
-    result = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pdiff_runtime")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pdiff_runtime"
+    without_site = [sys.executable, "-S", "-c", code]  # an editable install would help out
+    result = subprocess.run(without_site, capture_output=True, text=True)
     assert result.returncode == 1
     assert f"{package} is source code that is not built" in result.stderr
 

@@ -119,7 +119,7 @@ void hybrid_attention(const HybridAttentionParams& params, const CudaQueue& queu
   const DeviceGuard guard(queue.device_idx);
   set_zero(counters, layout.num_counters * static_cast<int64_t>(sizeof(uint32_t)), queue);
   if (cuda_kernels(queue.device_idx) == CudaKernels::kSm90a && sm90a::takes_forward(params)) {
-    sm90a::launch_forward(params, forward.scale, reinterpret_cast<int32_t*>(counters), queue);
+    sm90a::launch_forward(params, forward, queue);
     return;
   }
   const bool is_bfloat16 = params.dtype == DType::kBFloat16;

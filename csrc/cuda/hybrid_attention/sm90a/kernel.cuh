@@ -15,8 +15,14 @@
 //   p <- exp2((s - m') c)
 //   l <- l exp2((m - m') c) + row_sum(p)
 //   out <- out exp2((m - m') c) + p @ v           c = softmax_scale * log2(e)
+//
+// Where a tile has few rows and many keys, blocks take parts of its keys, and the last one to be
+// done mixes what they have left. Such plans have a kernel of their own (kParts): in the others'
+// loop, that code would keep descriptors of products out of uniform registers.
 
 #include <cuda_runtime.h>
+
+#include <climits>
 
 #include "common/tile_walk.h"
 #include "cuda/common/warp.cuh"
@@ -28,12 +34,15 @@
 namespace pdiff::cuda::sm90a {
 
 struct Params {
-  const int32_t* plan;   // words, on the device
-  int32_t* ticket;       // 0 before the launch
-  void* out;             // [total_q, num_heads_q, head_dim]
-  float* lse;            // [num_heads_q, total_q]; may be null
-  float score_scale;     // softmax_scale * log2(e), positive
-  int32_t rows_per_box;  // of q: as many tokens as fill a tile, times group_size
+  const int32_t* plan;    // words, on the device
+  uint32_t* ticket;       // 0 before the launch
+  void* out;              // [total_q, num_heads_q, head_dim]
+  float* lse;             // [num_heads_q, total_q]; may be null
+  uint32_t* arrivals;     // [num_slots, num_heads_kv], zero: parts done, at a tile's first slot
+  float* partial_out;     // [num_slots, num_heads_kv, kFewRows, head_dim]
+  float2* partial_state;  // [num_slots, num_heads_kv, kFewRows]: m, l
+  float score_scale;      // softmax_scale * log2(e), positive
+  int32_t rows_per_box;   // of q: as many tokens as fill a tile, times group_size
 };
 
 inline constexpr int kRows = kGpuTileRows, kKeys = 128, kBoxKeys = 64, kStages = 2;
@@ -65,6 +74,41 @@ struct Shared {
   CopyBarrier v_landed[kStages], v_full[kStages], v_empty[kStages], limits_empty[kLimitSlots];
 };
 
+/// The keys of a tile that are a part's, run by run. Parts are cut by tiles of kGpuTileKeys keys,
+/// so that a row's are the same however rows and pages lie.
+class PartWalk {
+ public:
+  __device__ PartWalk(const SegmentsView& view, const PlanTile& tile)
+      : view_(view),
+        tile_(tile),
+        num_to_skip_(tile.part * kPartKeyTiles),
+        num_left_(tile.num_parts > 1 ? kPartKeyTiles : INT_MAX) {}
+
+  /// Goes to the next keys, of which a run's first ones may be another part's; false past the last.
+  __device__ bool next(KeyRun* run, KeyInterval* keys) {
+    while (num_left_ > 0 && next_run(view_, tile_.segment, tile_.row_hi, next_key_, run)) {
+      next_key_ = run->key_lo + 1;
+      const int32_t num = (run->key_hi - run->key_lo + kGpuTileKeys - 1) / kGpuTileKeys;
+      if (num_to_skip_ >= num) {
+        num_to_skip_ -= num;
+        continue;
+      }
+      const int32_t num_taken = min(num - num_to_skip_, num_left_);
+      const int32_t lo = run->key_lo + num_to_skip_ * kGpuTileKeys;
+      *keys = {lo, min(lo + num_taken * kGpuTileKeys, run->key_hi)};
+      num_to_skip_ = 0;
+      num_left_ -= num_taken;
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  const SegmentsView& view_;
+  const PlanTile& tile_;
+  int32_t next_key_ = 0, num_to_skip_, num_left_;
+};
+
 /// The warp that walks tiles and their keys.
 template <typename T, int kHeadDim, bool kPaged>
 __device__ __forceinline__ void produce(const Params& params, const TensorMap& q_map,
@@ -93,10 +137,9 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
   for (int item = static_cast<int>(blockIdx.x); item < num_items;
        item = __shfl_sync(kAllLanes, next_item, 0)) {
     // Long before it is needed: the answer takes its time.
-    if (leads) next_item = static_cast<int>(gridDim.x) + atomicAdd(params.ticket, 1);
+    if (leads) next_item = static_cast<int>(gridDim.x + atomicAdd(params.ticket, 1u));
     const int tile_idx = item / plan.header.num_heads_kv, kv_head = item % plan.header.num_heads_kv;
     const PlanTile tile = plan.tiles[tile_idx];
-    if (tile.part > 0) continue;  // the first part takes all keys: blocks read as fast as they can
     const PlanSequence sequence = plan.sequences[tile.sequence];
     const SegmentsView view = segments_of(plan, sequence);
     const int num_tokens = tile.row_hi - tile.row_lo;
@@ -130,35 +173,38 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
       }
     };
 
+    PartWalk walk(view, tile);
     KeyRun run{}, following{};
-    bool has_run = next_run(view, tile.segment, tile.row_hi, 0, &run);
+    KeyInterval keys{}, following_keys{};
+    bool has_keys = walk.next(&run, &keys);
     bool is_first = true;
-    if (!has_run) {
+    if (!has_keys) {
       if (leads) {
         post({tile_idx, kv_head, 0, 0, false, true, true, false});
         shared.k_full[k_slot.slot()].arrive();
       }
       k_slot.next();
     }
-    while (has_run) {
+    while (has_keys) {
       shared.limits_empty[limit_slot.slot()].wait(limit_slot.phase() + 1);
       for (int token = lane; token <= (kRows - 1) / group_size; token += kWarpSize) {
         shared.limits[limit_slot.slot()][token] =
             token < num_tokens
-                ? visible_to_row(view, shared.segments[token], tile.row_lo + token, run)
+                ? min(visible_to_row(view, shared.segments[token], tile.row_lo + token, run) -
+                          (keys.lo - run.key_lo),
+                      keys.hi - keys.lo)
                 : kSeesAll;
       }
       __syncwarp();
-      const bool has_following =
-          next_run(view, tile.segment, tile.row_hi, run.key_lo + 1, &following);
+      const bool has_following = walk.next(&following, &following_keys);
       // Boxes of pages start where 64 keys of a page do.
-      const int start = kPaged ? run.key_lo / kBoxKeys * kBoxKeys : run.key_lo;
-      for (int key = start; key < run.key_hi; key += kKeys) {
-        const bool is_last = !has_following && key + kKeys >= run.key_hi;
-        const int num_halves = key + kBoxKeys < run.key_hi ? 2 : 1;
+      const int start = kPaged ? keys.lo / kBoxKeys * kBoxKeys : keys.lo;
+      for (int key = start; key < keys.hi; key += kKeys) {
+        const bool is_last = !has_following && key + kKeys >= keys.hi;
+        const int num_halves = key + kBoxKeys < keys.hi ? 2 : 1;
         const int num_bytes = num_halves * kPanels * (kPanelBytes / 2);
         if (leads) {
-          post({tile_idx, kv_head, key - run.key_lo, limit_slot.slot(), true, is_first, is_last,
+          post({tile_idx, kv_head, key - keys.lo, limit_slot.slot(), true, is_first, is_last,
                 key == start});
           CopyBarrier& full = shared.k_full[k_slot.slot()];
           full.arrive_and_expect(num_bytes);
@@ -166,8 +212,7 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
             copy_keys(shared.k[k_slot.slot()], k_map, full, half, key + half * kBoxKeys);
           }
           shared.v_empty[v_slot.slot()].wait(v_slot.phase() + 1);
-          shared.v_columns[v_slot.slot()] = {max(run.key_lo - key, 0),
-                                             min(run.key_hi - key, kKeys)};
+          shared.v_columns[v_slot.slot()] = {max(keys.lo - key, 0), min(keys.hi - key, kKeys)};
           CopyBarrier& landed = shared.v_landed[v_slot.slot()];
           landed.arrive_and_expect(num_bytes);
           for (int half = 0; half < num_halves; ++half) {
@@ -179,8 +224,8 @@ __device__ __forceinline__ void produce(const Params& params, const TensorMap& q
         v_slot.next();
       }
       limit_slot.next();
-      run = following;
-      has_run = has_following;
+      run = following, keys = following_keys;
+      has_keys = has_following;
     }
   }
   if (leads) {
@@ -217,18 +262,78 @@ __device__ __forceinline__ void clear_values(Shared<kHeadDim>& shared) {
   }
 }
 
+/// Leaves a part's rows g and g + 8 of a tile that has no others; the warp of the last part to come
+/// gets the mixture of all, in their order, in place of its own. True if that is this one.
+template <int kHeadDim>
+__device__ __forceinline__ bool mix_parts(const Params& params, const PlanTile& tile, int kv_head,
+                                          int num_heads_kv, float (&out)[kHeadDim / 2],
+                                          float (&m)[2], float (&l)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int64_t first_slot = int64_t{tile.slot_begin} * num_heads_kv + kv_head;
+  const auto row_of = [&](int part, int i) {
+    return (first_slot + int64_t{part} * num_heads_kv) * kFewRows + g + 8 * i;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = row_of(tile.part, i);
+    if (t == 0) params.partial_state[row] = {m[i], l[i]};
+    float* const to = params.partial_out + row * kHeadDim + 2 * t;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      *reinterpret_cast<float2*>(to + 8 * j) = {out[4 * j + 2 * i], out[4 * j + 2 * i + 1]};
+    }
+  }
+  __syncwarp();  // the part is left: one lane tells, and hears of the others
+  uint32_t num_before = 0;
+  if (lane == 0) {
+    __threadfence();
+    num_before = atomicAdd(params.arrivals + first_slot, 1u);
+    __threadfence();
+  }
+  if (__shfl_sync(kAllLanes, num_before, 0) + 1 != static_cast<uint32_t>(tile.num_parts)) {
+    return false;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    m[i] = -INFINITY, l[i] = 0.0f;
+    float2 mixture[kHeadDim / 8] = {};
+    for (int part = 0; part < tile.num_parts; ++part) {
+      const int64_t row = row_of(part, i);
+      const float2 state = params.partial_state[row];
+      const float peak = fmaxf(m[i], state.x);
+      const bool sees_none = peak == -INFINITY;
+      const float old_share = sees_none ? 0.0f : exp2_fast((m[i] - peak) * params.score_scale);
+      const float share = sees_none ? 0.0f : exp2_fast((state.x - peak) * params.score_scale);
+      m[i] = peak, l[i] = l[i] * old_share + state.y * share;
+      const float* const from = params.partial_out + row * kHeadDim + 2 * t;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        const float2 x = *reinterpret_cast<const float2*>(from + 8 * j);
+        mixture[j] = {mixture[j].x * old_share + x.x * share,
+                      mixture[j].y * old_share + x.y * share};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      out[4 * j + 2 * i] = mixture[j].x, out[4 * j + 2 * i + 1] = mixture[j].y;
+    }
+  }
+  return true;
+}
+
 /// A consumer warpgroup: 64 of the tile's rows. A thread has columns 8j + 2t and 8j + 2t + 1 of
 /// rows g and g + 8 of its warp's 16.
-template <typename T, int kHeadDim, bool kPaged>
+template <typename T, int kHeadDim, bool kPaged, bool kParts>
 __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& shared) {
   constexpr int kSteps = kHeadDim / 16;
   const PlanHeader plan = *reinterpret_cast<const PlanHeader*>(params.plan);
   const int group_size = plan.num_heads_q / plan.num_heads_kv;
   const int thread = static_cast<int>(threadIdx.x) - 128;
   // From one lane: so the compiler sees that descriptors are the same in all of them.
-  const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0);
+  const int warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0), warpgroup = warp / 4;
   const int lane = thread % kWarpSize, t = lane % 4;
-  const int first_row = thread / kWarpSize * 16 + lane / 4;
+  const int first_row = warp * 16 + lane / 4;
   const int token[2] = {first_row / group_size, (first_row + 8) / group_size};
   const bool leads = lane == 0;
   RingPlace<2> q_slot;
@@ -381,6 +486,14 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
     for (int i = 0; i < 2; ++i) {
       l[i] += __shfl_xor_sync(kAllLanes, l[i], 1);
       l[i] += __shfl_xor_sync(kAllLanes, l[i], 2);
+    }
+    if (kParts && tile.num_parts > 1) {
+      if (warp > 0 || !mix_parts<kHeadDim>(params, tile, kv_head, plan.num_heads_kv, out, m, l)) {
+        continue;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       const float inverse = l[i] == 0.0f ? 0.0f : 1.0f / l[i];
       const int row = first_row + 8 * i;
       const bool is_row = row < num_rows;
@@ -398,7 +511,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<kHeadDim>& 
   }
 }
 
-template <typename T, int kHeadDim, bool kPaged>
+template <typename T, int kHeadDim, bool kPaged, bool kParts>
 __global__ void __launch_bounds__(kNumThreads, 1)
     forward_kernel(const Params params, const __grid_constant__ TensorMap q_map,
                    const __grid_constant__ TensorMap k_map,
@@ -431,7 +544,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     }
   } else {
     raise_registers<Shares::kOfConsumer>();
-    consume<T, kHeadDim, kPaged>(params, shared);
+    consume<T, kHeadDim, kPaged, kParts>(params, shared);
   }
 }
 

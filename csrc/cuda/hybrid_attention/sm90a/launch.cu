@@ -13,8 +13,8 @@ int64_t num_key_tokens(const HybridAttentionParams& p) {
   return p.page_size > 0 ? p.num_keys * p.page_size : p.num_keys;
 }
 
-template <typename T, int kHeadDim, bool kPaged>
-void launch_kernel(const HybridAttentionParams& p, float score_scale, int32_t* ticket,
+template <typename T, int kHeadDim, bool kPaged, bool kParts>
+void launch_kernel(const HybridAttentionParams& p, const attention::ForwardParams& forward,
                    const CudaQueue& queue) {
   const int group_size = p.num_heads_q / p.num_heads_kv;
   const int tokens = kGpuTileRows / group_size;
@@ -22,8 +22,16 @@ void launch_kernel(const HybridAttentionParams& p, float score_scale, int32_t* t
     return map_of_tokens(data, p.dtype, num_key_tokens(p), p.num_heads_kv, kHeadDim, stride, 1,
                          kBoxKeys);
   };
-  const Params params{p.plan, ticket, p.out, p.lse, score_scale, tokens * group_size};
-  launch(forward_kernel<T, kHeadDim, kPaged>,
+  const Params params{.plan = p.plan,
+                      .ticket = forward.ticket,
+                      .out = p.out,
+                      .lse = p.lse,
+                      .arrivals = forward.arrivals,
+                      .partial_out = forward.partial_out,
+                      .partial_state = reinterpret_cast<float2*>(forward.partial_state),
+                      .score_scale = forward.scale,
+                      .rows_per_box = tokens * group_size};
+  launch(forward_kernel<T, kHeadDim, kPaged, kParts>,
          {"hybrid_attention", num_sms(queue.device_idx), kNumThreads, sizeof(Shared<kHeadDim>)},
          queue, params,
          map_of_tokens(p.q, p.dtype, p.total_q, p.num_heads_q, kHeadDim, p.q_stride, group_size,
@@ -32,10 +40,15 @@ void launch_kernel(const HybridAttentionParams& p, float score_scale, int32_t* t
 }
 
 template <typename T, int kHeadDim>
-void launch_kernel_of(const HybridAttentionParams& p, float score_scale, int32_t* ticket,
+void launch_kernel_of(const HybridAttentionParams& p, const attention::ForwardParams& forward,
                       const CudaQueue& queue) {
-  (p.page_size > 0 ? launch_kernel<T, kHeadDim, true>
-                   : launch_kernel<T, kHeadDim, false>)(p, score_scale, ticket, queue);
+  if (p.page_size > 0) {
+    (p.num_slots > 0 ? launch_kernel<T, kHeadDim, true, true>
+                     : launch_kernel<T, kHeadDim, true, false>)(p, forward, queue);
+  } else {
+    (p.num_slots > 0 ? launch_kernel<T, kHeadDim, false, true>
+                     : launch_kernel<T, kHeadDim, false, false>)(p, forward, queue);
+  }
 }
 
 }  // namespace
@@ -48,15 +61,15 @@ bool takes_forward(const HybridAttentionParams& p) {
   return p.num_keys > 0 && num_key_tokens(p) <= INT_MAX && maps_pages;
 }
 
-void launch_forward(const HybridAttentionParams& p, float score_scale, int32_t* ticket,
+void launch_forward(const HybridAttentionParams& p, const attention::ForwardParams& forward,
                     const CudaQueue& queue) {
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   if (p.head_dim == 128) {
-    (is_bfloat16 ? launch_kernel_of<bfloat16, 128> : launch_kernel_of<float16, 128>)(p, score_scale,
-                                                                                     ticket, queue);
+    (is_bfloat16 ? launch_kernel_of<bfloat16, 128> : launch_kernel_of<float16, 128>)(p, forward,
+                                                                                     queue);
   } else {
-    (is_bfloat16 ? launch_kernel_of<bfloat16, 64> : launch_kernel_of<float16, 64>)(p, score_scale,
-                                                                                   ticket, queue);
+    (is_bfloat16 ? launch_kernel_of<bfloat16, 64> : launch_kernel_of<float16, 64>)(p, forward,
+                                                                                   queue);
   }
 }
 

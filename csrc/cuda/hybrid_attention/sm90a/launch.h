@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/hybrid_attention/config.h"
 #include "pdiff/device.h"
 #include "pdiff/hybrid_attention.h"
 
@@ -8,8 +9,8 @@ namespace pdiff::cuda::sm90a {
 /// Whether the Hopper kernel takes a call, whose arguments are valid.
 bool takes_forward(const HybridAttentionParams& params);
 
-/// `ticket` is zero, in device memory.
-void launch_forward(const HybridAttentionParams& params, float score_scale, int32_t* ticket,
+/// Takes scale and workspace from the portable kernel's parameters.
+void launch_forward(const HybridAttentionParams& params, const attention::ForwardParams& forward,
                     const CudaQueue& queue);
 
 }  // namespace pdiff::cuda::sm90a
