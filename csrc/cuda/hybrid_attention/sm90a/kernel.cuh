@@ -298,6 +298,7 @@ __device__ __forceinline__ bool mix_parts(const Params& params, const PlanTile& 
   for (int i = 0; i < 2; ++i) {
     m[i] = -INFINITY, l[i] = 0.0f;
     float2 mixture[kHeadDim / 8] = {};
+#pragma unroll 2
     for (int part = 0; part < tile.num_parts; ++part) {
       const int64_t row = row_of(part, i);
       const float2 state = params.partial_state[row];
