@@ -161,19 +161,29 @@ def as_rows(layout):
     ]
 
 
+def random_layouts(seed, num_sequences):
+    """Of random sequences, without those whose spans nest."""
+    rng = np.random.default_rng(seed)
+    sequences = [random_sequence(rng) for _ in range(num_sequences)]
+    return [
+        SpanLayout.from_tokens(ids, TAGS) for ids in sequences if spans_of(ids, True) is not None
+    ]
+
+
 def test_copies_are_the_same_layout():
-    rng = np.random.default_rng(2)
-    for _ in range(50):
-        token_ids = random_sequence(rng)
-        if spans_of(token_ids, True) is None:
-            continue
-        layout = SpanLayout.from_tokens(token_ids, TAGS)
-        twin = layout.key_major
+    for layout in random_layouts(seed=2, num_sequences=50):
         same = copy.deepcopy(layout)
         for name in ("segments", "interval_ptr", "intervals"):
             assert np.array_equal(getattr(layout, name), getattr(same, name))
         assert (layout.num_rows, layout.num_keys) == (same.num_rows, same.num_keys)
-        assert np.array_equal(twin.ranges, same.key_major.ranges)
+        assert np.array_equal(layout.key_major.ranges, same.key_major.ranges)
+
+
+LAYOUTS = [SpanLayout.from_spans(n, [3, n]) for n in range(1, 5)]
+
+
+def with_plan(layout):
+    return layout, AttentionPlan.pack([layout], num_heads_q=2, num_heads_kv=1, head_dim=64)
 
 
 def test_workers_of_a_data_loader_hand_layouts_and_plans_over():
@@ -186,21 +196,9 @@ def test_workers_of_a_data_loader_hand_layouts_and_plans_over():
         assert np.array_equal(plan.layouts[0].handle.segments, expected.segments)
 
 
-LAYOUTS = [SpanLayout.from_spans(n, [3, n]) for n in range(1, 5)]
-
-
-def with_plan(layout):
-    return layout, AttentionPlan.pack([layout], num_heads_q=2, num_heads_kv=1, head_dim=64)
-
-
 def test_both_ways_to_the_key_major_twin_agree():
     # From tokens the twin takes one pass; from segments it is put together interval by interval.
-    rng = np.random.default_rng(1)
-    for _ in range(200):
-        token_ids = random_sequence(rng)
-        if spans_of(token_ids, True) is None:
-            continue
-        one = SpanLayout.from_tokens(token_ids, TAGS)
+    for one in random_layouts(seed=1, num_sequences=200):
         two = SpanLayout.from_segments(one.num_keys, as_rows(one))
         assert np.array_equal(one.segments, two.segments)
         assert np.array_equal(one.intervals, two.intervals)

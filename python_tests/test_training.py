@@ -279,7 +279,7 @@ STAGE = "data='x'\ntokenizer='x'\n[[stage]]\nname='a'\nnum_tokens=1\nformats={pl
         ("[[stage]]\nname='a'", "missing key num_tokens, formats"),
         (f"{STAGE}\nwarmup_steps=-1", "warmup_steps: expected a number >= 0, got -1"),
         (f"{STAGE}\nlearning_rate='high'", "stage: learning_rate: expected float, got 'high'"),
-        (f"{STAGE}\nlearning_rate=nan", "learning_rate: expected a number >= 0, got nan"),
+        (f"{STAGE}\nlearning_rate=nan", "stage a: learning_rate: expected a number >= 0, got nan"),
         (f"compile='no'\n{STAGE}", "recipe: compile: expected bool, got 'no'"),
         (f"seed=true\n{STAGE}", "recipe: seed: expected int, got True"),
         (f"save_every=0\n{STAGE}", "save_every: expected a number >= 1, got 0"),

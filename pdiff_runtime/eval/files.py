@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from pdiff_runtime.models.files import written_whole
+
 
 def prepare(path: Path) -> None:
     """Make sure that a result file can be written, before hours go into what comes into it.
@@ -27,11 +29,8 @@ def prepare(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file in one go: whoever reads meanwhile sees the old one or the new one."""
     file, part = _places(path)
-    try:
+    with written_whole(file, part):
         part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _places(path: Path) -> tuple[Path, Path]:

@@ -1,8 +1,11 @@
-"""Files of a checkpoint folder: none from outside it, and JSON that cannot harm its reader."""
+"""Files of a checkpoint folder: none from outside it, and JSON that cannot harm its reader; and
+files that are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,19 @@ def _root(folder: Path) -> Path:
     repository = folder.parent.parent
     is_snapshot = folder.parent.name == "snapshots" and repository.name.startswith("models--")
     return repository if is_snapshot else folder
+
+
+@contextlib.contextmanager
+def written_whole(file: Path, part: Path) -> Iterator[None]:
+    """What the body writes to ``part``, beside it, becomes the file; where it raises, nothing does.
+
+    Whoever reads meanwhile sees the old file or the new one.
+    """
+    try:
+        yield
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_text(file: Path) -> str:

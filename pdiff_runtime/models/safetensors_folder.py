@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pdiff_runtime.models.files import find_file, read_json
+from pdiff_runtime.models.files import find_file, read_json, written_whole
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 16 << 20  # some hundred thousand tensors
@@ -99,16 +99,14 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OSError: It cannot be written; what was there stays.
     """
     part = file.with_suffix(".tmp")
-    try:
+    with written_whole(file, part):
         part.touch()
         mode = part.stat().st_mode  # the library lets nobody but the owner read its files
-        safetensors.torch.save_file(tensors, part, metadata)
+        try:
+            safetensors.torch.save_file(tensors, part, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{file}: cannot be written ({error})") from error
         part.chmod(mode)
-        part.replace(file)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{file}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

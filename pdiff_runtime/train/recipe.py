@@ -50,7 +50,8 @@ class Stage:
                 f"got {self.formats}"
             )
         lowest = {"num_tokens": 1, "batch_tokens": 1, "warmup_steps": 0}
-        _check_range(self, {**lowest, "learning_rate": 0, "final_learning_rate": 0})
+        lowest |= {"learning_rate": 0, "final_learning_rate": 0}
+        _check_range(self, lowest, f"stage {self.name}: ")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,8 @@ def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
-def _check_range(settings: object, lowest: dict[str, int]) -> None:
+def _check_range(settings: object, lowest: dict[str, int], where: str = "") -> None:
     for name, low in lowest.items():
         value = getattr(settings, name)
         if not low <= value < math.inf:
-            raise ValueError(f"{name}: expected a number >= {low}, got {value}")
+            raise ValueError(f"{where}{name}: expected a number >= {low}, got {value}")
