@@ -290,3 +290,16 @@ def test_not_started_takes_nothing(llm):
             await AsyncEngine(llm).generate(PROMPTS[0])
 
     asyncio.run(main())
+
+
+def test_without_a_thread_the_model_stays_free(llm, monkeypatch):
+    def no_thread(thread):
+        raise RuntimeError("can't start new thread")
+
+    engine = AsyncEngine(llm)
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", no_thread)
+        with pytest.raises(RuntimeError, match="new thread"):
+            asyncio.run(engine.__aenter__())
+    assert llm.generate([PROMPTS[0]])[0].token_ids
+    assert engine.health().state == "stopped"

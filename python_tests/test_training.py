@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -154,6 +155,17 @@ def test_the_log_separates_plan_and_spans(encoder, tmp_path):
     assert len(lines) == 2
     assert '"loss_ar"' in lines[0]
     assert '"loss_span"' in lines[0]
+
+
+def test_a_run_that_was_killed_logs_each_step_once(encoder, tmp_path):
+    trainer = Trainer(recipe(), DOCUMENTS, encoder, tmp_path)
+    trainer.train(max_steps=2)
+    checkpoint = trainer.checkpoint.read_bytes()
+    trainer.train(max_steps=2)
+    trainer.checkpoint.write_bytes(checkpoint)  # as if it had not come to the next one
+    Trainer(recipe(), DOCUMENTS, encoder, tmp_path).train(max_steps=3)
+    records = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
 
 
 def test_a_broken_loss_stops_and_keeps_the_checkpoint(encoder, tmp_path):

@@ -79,14 +79,20 @@ class AsyncEngine:
         """Start the thread.
 
         Raises:
-            RuntimeError: It was started before, or the ``LLM`` is answering somebody.
+            RuntimeError: It was started before, the ``LLM`` is answering somebody, or the system
+                has no thread left.
         """
         if self._thread is not None:
             raise RuntimeError("AsyncEngine: expected to be started once, got a second start")
         self.llm.acquire()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="pdiff-engine", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # no thread: there may be too many
+            self._thread = None
+            self.llm.release()
+            raise
         return self
 
     async def __aexit__(

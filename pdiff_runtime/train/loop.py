@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,6 +86,11 @@ class Trainer:
     def checkpoint(self) -> Path:
         """Weights, moments and progress."""
         return self.out_dir / "checkpoint.safetensors"
+
+    @property
+    def log_file(self) -> Path:
+        """A record a line."""
+        return self.out_dir / "log.jsonl"
 
     def train(
         self, max_steps: int | None = None, *, is_stopped: Callable[[], bool] = lambda: False
@@ -231,6 +237,7 @@ class Trainer:
         metadata = {
             "progress": json.dumps(dataclasses.asdict(self.progress)),
             "documents": self._digest,
+            "log_bytes": str(self._log_bytes()),
         }
         write_tensors(self.checkpoint, {k: v.detach() for k, v in tensors.items()}, metadata)
 
@@ -249,6 +256,9 @@ class Trainer:
             raise ValueError(
                 f"checkpoint: {self.checkpoint} is of other documents; the data have changed since"
             )
+        num_logged = int(metadata.get("log_bytes", self._log_bytes()))
+        if self._log_bytes() > num_logged:  # the run was killed, and those steps come again
+            os.truncate(self.log_file, num_logged)
 
     @torch.no_grad()
     def _take(self, tensors: dict[str, Tensor]) -> None:
@@ -269,8 +279,11 @@ class Trainer:
                     "exp_avg_sq": of_shape(f"optimizer.exp_avg_sq.{name}", parameter.shape),
                 }
 
+    def _log_bytes(self) -> int:
+        return self.log_file.stat().st_size if self.log_file.exists() else 0
+
     def _write_log(self, record: dict[str, float | int | str]) -> None:
-        with open(self.out_dir / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.log(record)
 
