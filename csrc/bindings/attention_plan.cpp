@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "bindings/address.h"
 #include "bindings/bindings.h"
+#include "bindings/tensor.h"
 
 namespace py = pybind11;
 
@@ -16,7 +16,7 @@ namespace pdiff::bindings {
 namespace {
 
 AttentionPlan pack(const std::vector<const SpanLayout*>& layouts, int32_t num_heads_q,
-                   int32_t num_heads_kv, int32_t head_dim, int64_t page_table, int64_t max_pages,
+                   int32_t num_heads_kv, int32_t head_dim, const Tensor& page_table,
                    int32_t page_size, bool for_gpu, bool split_keys, int32_t num_threads) {
   return AttentionPlan(layouts, {.num_heads_q = num_heads_q,
                                  .num_heads_kv = num_heads_kv,
@@ -25,8 +25,8 @@ AttentionPlan pack(const std::vector<const SpanLayout*>& layouts, int32_t num_he
                                  .split_keys = split_keys,
                                  .num_threads = num_threads,
                                  .page_size = page_size,
-                                 .page_table = reinterpret_cast<const int32_t*>(page_table),
-                                 .max_pages = max_pages});
+                                 .page_table = page_table.as<const int32_t>("page_table"),
+                                 .max_pages = page_table.is_none ? 0 : page_table.shape[1]});
 }
 
 #if PDIFF_WITH_CUDA
@@ -47,25 +47,25 @@ py::tuple plan_from_tokens_sizes(int64_t total_tokens, int64_t num_sequences, in
                         cuda::plan_from_tokens_workspace_bytes(params));
 }
 
-void plan_from_tokens_cuda(std::uintptr_t token_ids, std::uintptr_t cu_seqlens,
-                           int64_t total_tokens, int64_t num_sequences, int64_t max_tags,
+void plan_from_tokens_cuda(const Tensor& token_ids, const Tensor& cu_seqlens, int64_t max_tags,
                            int64_t async_start, int64_t async_end, int64_t sync, bool isolate_spans,
                            int32_t num_heads_q, int32_t num_heads_kv, int32_t head_dim,
-                           std::uintptr_t words, std::uintptr_t workspace, int device_idx,
-                           std::uintptr_t stream) {
-  const PlanFromTokensParams params = {.token_ids = address<const int64_t>(token_ids),
-                                       .cu_seqlens = address<const int32_t>(cu_seqlens),
-                                       .total_tokens = total_tokens,
-                                       .num_sequences = num_sequences,
+                           const Tensor& words, const Tensor& workspace, int device_idx,
+                           int64_t stream) {
+  const PlanFromTokensParams params = {.token_ids = token_ids.as<const int64_t>("token_ids"),
+                                       .cu_seqlens = cu_seqlens.as<const int32_t>("cu_seqlens"),
+                                       .total_tokens = token_ids.num_elements(),
+                                       .num_sequences = cu_seqlens.num_elements() - 1,
                                        .max_tags = max_tags,
                                        .tags = {async_start, async_end, sync},
                                        .isolate_spans = isolate_spans,
                                        .num_heads_q = num_heads_q,
                                        .num_heads_kv = num_heads_kv,
                                        .head_dim = head_dim};
+  auto* const plan = words.as<int32_t>("words");
   const py::gil_scoped_release release;
-  cuda::plan_from_tokens(params, address<int32_t>(words), address<void>(workspace),
-                         {device_idx, address<void>(stream)});
+  cuda::plan_from_tokens(params, plan, workspace.data,
+                         {device_idx, reinterpret_cast<void*>(stream)});
 }
 #endif
 
@@ -77,8 +77,8 @@ void bind_attention_plan(py::module_& m) {
   };
   py::class_<AttentionPlan>(m, "AttentionPlan", py::buffer_protocol())
       .def(py::init(&pack), py::arg("layouts"), py::arg("num_heads_q"), py::arg("num_heads_kv"),
-           py::arg("head_dim"), py::arg("page_table"), py::arg("max_pages"), py::arg("page_size"),
-           py::arg("for_gpu"), py::arg("split_keys"), py::arg("num_threads"))
+           py::arg("head_dim"), py::arg("page_table"), py::arg("page_size"), py::arg("for_gpu"),
+           py::arg("split_keys"), py::arg("num_threads"))
       .def_buffer([](AttentionPlan& plan) {
         return py::buffer_info(const_cast<int32_t*>(plan.words()), plan.num_words());
       })

@@ -6,6 +6,7 @@
 // pdiff::Error arrives in Python as ValueError; nothing in a binding needs to catch it.
 namespace pdiff::bindings {
 
+void bind_tensor(pybind11::module_& m);
 void bind_environment(pybind11::module_& m);
 void bind_span_layout(pybind11::module_& m);
 void bind_plan_grammar(pybind11::module_& m);

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, m) {
 
   pybind11::register_local_exception<pdiff::Error>(m, "Error", PyExc_ValueError);
 
+  bind_tensor(m);
   bind_environment(m);
   bind_span_layout(m);
   bind_plan_grammar(m);

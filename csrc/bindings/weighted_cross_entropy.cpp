@@ -1,7 +1,7 @@
 #include "pdiff/weighted_cross_entropy.h"
 
-#include "bindings/address.h"
 #include "bindings/bindings.h"
+#include "bindings/tensor.h"
 #include "pdiff/error.h"
 
 namespace py = pybind11;
@@ -9,81 +9,70 @@ namespace py = pybind11;
 namespace pdiff::bindings {
 namespace {
 
-using Address = std::uintptr_t;
-
-WeightedCrossEntropyParams cross_entropy_params(Address logits, Address labels, Address weight,
-                                                Address kind, Address dlogits, Address loss,
-                                                Address weighted_sums, Address unweighted_sums,
-                                                Address counts, int dtype, int64_t logits_stride,
-                                                int64_t dlogits_stride, int64_t num_rows,
-                                                int64_t vocab_size) {
-  PDIFF_CHECK(num_rows == 0 || logits != 0, "logits: expected data, got none");
-  return {
-      .logits = address<const void>(logits),
-      .labels = address<const int64_t>(labels),
-      .weight = address<const float>(weight),
-      .kind = address<const uint8_t>(kind),
-      .dlogits = address<void>(dlogits),
-      .loss = address<float>(loss),
-      .weighted_sums = address<float>(weighted_sums),
-      .unweighted_sums = address<float>(unweighted_sums),
-      .counts = address<int64_t>(counts),
-      .dtype = static_cast<DType>(dtype),
-      .logits_stride = logits_stride,
-      .dlogits_stride = dlogits_stride,
-      .num_rows = num_rows,
-      .vocab_size = vocab_size,
-      .normaliser = 0.0,
-      .num_threads = 1,
+// The arguments of every backend, then `Extra` that only one of them has.
+template <typename... Extra, typename Run>
+auto cross_entropy_with(const Run& run) {
+  return [run](const Tensor& logits, const Tensor& labels, const Tensor& weight, const Tensor& kind,
+               const Tensor& dlogits, const Tensor& loss, const Tensor& weighted_sums,
+               const Tensor& unweighted_sums, const Tensor& counts, Extra... extra) {
+    PDIFF_CHECK(logits.num_dims == 2, "logits: expected 2 dimensions, got ", logits.shape_text());
+    const int64_t num_rows = logits.shape[0];
+    WeightedCrossEntropyParams params = {
+        .logits = logits.data,
+        .labels = labels.as<const int64_t>("labels", num_rows),
+        .weight = weight.as<const float>("weight", num_rows),
+        .kind = kind.as<const uint8_t>("kind", num_rows),
+        .dlogits = dlogits.data,
+        .loss = loss.as<float>("loss", 1),
+        .weighted_sums = weighted_sums.as<float>("weighted_sums", 2),
+        .unweighted_sums = unweighted_sums.as<float>("unweighted_sums", 2),
+        .counts = counts.as<int64_t>("counts", 2),
+        .dtype = logits.dtype("logits"),
+        .logits_stride = logits.strides[0],
+        .dlogits_stride = dlogits.is_none ? 0 : dlogits.strides[0],
+        .num_rows = num_rows,
+        .vocab_size = logits.shape[1],
+        .normaliser = 0.0,
+        .num_threads = 1,
+    };
+    const py::gil_scoped_release release;
+    run(params, extra...);
   };
 }
 
-void weighted_cross_entropy(Address logits, Address labels, Address weight, Address kind,
-                            Address dlogits, Address loss, Address weighted_sums,
-                            Address unweighted_sums, Address counts, int dtype,
-                            int64_t logits_stride, int64_t dlogits_stride, int64_t num_rows,
-                            int64_t vocab_size, double normaliser, int num_threads) {
-  WeightedCrossEntropyParams params = cross_entropy_params(
-      logits, labels, weight, kind, dlogits, loss, weighted_sums, unweighted_sums, counts, dtype,
-      logits_stride, dlogits_stride, num_rows, vocab_size);
-  params.normaliser = normaliser;
-  params.num_threads = num_threads;
-  const py::gil_scoped_release release;
-  cpu::weighted_cross_entropy(params);
-}
-
 #if PDIFF_WITH_CUDA
-void weighted_cross_entropy_cuda(Address logits, Address labels, Address weight, Address kind,
-                                 Address dlogits, Address loss, Address weighted_sums,
-                                 Address unweighted_sums, Address counts, int dtype,
-                                 int64_t logits_stride, int64_t dlogits_stride, int64_t num_rows,
-                                 int64_t vocab_size, Address normaliser, Address workspace,
-                                 int device_idx, Address stream) {
-  const WeightedCrossEntropyParams params = cross_entropy_params(
-      logits, labels, weight, kind, dlogits, loss, weighted_sums, unweighted_sums, counts, dtype,
-      logits_stride, dlogits_stride, num_rows, vocab_size);
+void scale_gradient_cuda(const Tensor& dlogits, const Tensor& factor, int device_idx,
+                         int64_t stream) {
+  PDIFF_CHECK(dlogits.num_dims == 2, "dlogits: expected 2 dimensions, got ", dlogits.shape_text());
+  const DType dtype = dlogits.dtype("dlogits");
+  const auto* by = factor.as<const float>("grad_loss", 1);
+  const int64_t stride = dlogits.strides[0], rows = dlogits.shape[0], size = dlogits.shape[1];
   const py::gil_scoped_release release;
-  cuda::weighted_cross_entropy(params, address<const double>(normaliser), address<void>(workspace),
-                               {device_idx, address<void>(stream)});
-}
-
-void scale_gradient_cuda(Address dlogits, int dtype, int64_t dlogits_stride, int64_t num_rows,
-                         int64_t vocab_size, Address factor, int device_idx, Address stream) {
-  const py::gil_scoped_release release;
-  cuda::scale_gradient(address<void>(dlogits), static_cast<DType>(dtype), dlogits_stride, num_rows,
-                       vocab_size, address<const float>(factor),
-                       {device_idx, address<void>(stream)});
+  cuda::scale_gradient(dlogits.data, dtype, stride, rows, size, by,
+                       {device_idx, reinterpret_cast<void*>(stream)});
 }
 #endif
 
 }  // namespace
 
 void bind_weighted_cross_entropy(py::module_& m) {
-  m.def("weighted_cross_entropy", &weighted_cross_entropy,
-        "pdiff/weighted_cross_entropy.h; addresses as ints.");
+  m.def("weighted_cross_entropy",
+        cross_entropy_with<double, int>(
+            [](WeightedCrossEntropyParams& params, double normaliser, int num_threads) {
+              params.normaliser = normaliser;
+              params.num_threads = num_threads;
+              cpu::weighted_cross_entropy(params);
+            }));
 #if PDIFF_WITH_CUDA
   m.def("weighted_cross_entropy_workspace_bytes", &cuda::weighted_cross_entropy_workspace_bytes);
-  m.def("weighted_cross_entropy_cuda", &weighted_cross_entropy_cuda);
+  m.def("weighted_cross_entropy_cuda",
+        cross_entropy_with<const Tensor&, const Tensor&, int, int64_t>(
+            [](const WeightedCrossEntropyParams& params, const Tensor& normaliser,
+               const Tensor& workspace, int device_idx, int64_t stream) {
+              cuda::weighted_cross_entropy(params, normaliser.as<const double>("normaliser", 1),
+                                           workspace.data,
+                                           {device_idx, reinterpret_cast<void*>(stream)});
+            }));
   m.def("scale_gradient_cuda", &scale_gradient_cuda);
 #endif
 }

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pdiff_runtime import ops
 from pdiff_runtime.engine.paged_attention import PagedAttention
 from pdiff_runtime.models.decoder import Decoder, Project
-from pdiff_runtime.ops._library import pointer
 
 MAX_SIZES = 32
 """Sizes that are kept; the least recently used one goes."""
@@ -81,7 +80,11 @@ class Captured:
     def __call__(self) -> Tensor:
         if self._graphs is None:
             return self._run()
-        addresses = [pointer(tensor) for held in self._tensors for tensor in held.values()]
+        addresses = [
+            0 if tensor is None else tensor.data_ptr()
+            for held in self._tensors
+            for tensor in held.values()
+        ]
         if addresses != self._addresses:
             self._addresses, self._num_run, self._replay = addresses, 0, None
         if self._replay is None and self._num_run < _WARM_UP:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pdiff_runtime import _C
 
+_C.use_tensor_type(Tensor)
+
 library = torch.library.Library("pdiff", "DEF")
 """Ops are added with `library.define`, `library.impl` and `torch.library.register_*`."""
 
@@ -35,10 +37,7 @@ class Impl(StrEnum):
     REFERENCE = "reference"
 
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""`pdiff::DType` by torch dtype."""
-
-ELEMENT_TYPES = tuple(DTYPE_CODES)
+ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What logits, q, k and v may hold."""
 
 # By their own names: every step of a dotted one is a share of a call that takes microseconds.
@@ -138,7 +137,7 @@ def fits_cpu_kernel(x: Tensor, y: Tensor) -> bool:
         not is_traced()
         and _is_plain(x)
         and _is_plain(y)
-        and x.dtype in DTYPE_CODES
+        and x.dtype in ELEMENT_TYPES
         and x.numel() > 0
         and x.stride(1) == 1
         and not torch.is_autocast_enabled("cpu")
@@ -235,11 +234,6 @@ def check_no_grad(op: str, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(f"{op}: {name} requires grad, but this op has no derivative")
-
-
-def pointer(tensor: Tensor | None) -> int:
-    """Address of the first element for the binding; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

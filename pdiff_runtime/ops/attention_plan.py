@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pdiff_runtime import _C
-from pdiff_runtime.ops._library import Impl, check_tensor, cuda_stream, pointer, select_impl
+from pdiff_runtime.ops._library import Impl, check_tensor, cuda_stream, select_impl
 
 
 class Layout(Protocol):
@@ -154,11 +154,9 @@ class AttentionPlan:
                 "page_table, page_size: expected both or neither, "
                 f"got {type(page_table).__name__} and {page_size}"
             )
-        max_pages = 0
         if page_table is not None:
             shape = (len(layouts), "max_pages")
             check_tensor("page_table", page_table, torch.int32, shape, torch.device("cpu"))
-            max_pages = page_table.shape[1]
             if page_size is not None and page_size <= 0:
                 raise ValueError(f"page_size: expected > 0, got {page_size}")
         handle = _C.AttentionPlan(
@@ -166,8 +164,7 @@ class AttentionPlan:
             num_heads_q,
             num_heads_kv,
             head_dim,
-            pointer(page_table),
-            max_pages,
+            page_table,
             page_size or 0,
             choice in (Impl.CUDA, Impl.TRITON),
             split_keys,
@@ -233,13 +230,12 @@ class AttentionPlan:
         on_gpu = choice is Impl.CUDA or (choice is Impl.TRITON and device.type == "cuda")
         if on_gpu and _C.built_with_cuda:
             max_tags = max(256, total // 4) if max_tags is None else max_tags
-            sizes = total, num_sequences, max_tags
-            num_words, num_bytes = _C.plan_from_tokens_sizes(*sizes, *heads)
+            num_words, num_bytes = _C.plan_from_tokens_sizes(total, num_sequences, max_tags, *heads)
             words = torch.empty(num_words, dtype=torch.int32, device=device)
             workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
             _C.plan_from_tokens_cuda(
-                pointer(token_ids), pointer(cu_seqlens), *sizes, async_start, async_end, sync,
-                isolate_spans, *heads, pointer(words), pointer(workspace), *cuda_stream(device),
+                token_ids, cu_seqlens, max_tags, async_start, async_end, sync, isolate_spans,
+                *heads, words, workspace, *cuda_stream(device),
             )  # fmt: skip
             return cls(
                 words, None, *heads, choice,

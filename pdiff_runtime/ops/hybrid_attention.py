@@ -10,7 +10,6 @@ from torch import Tensor
 from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
-    DTYPE_CODES,
     ELEMENT_TYPES,
     FLOAT32_MAX,
     Impl,
@@ -18,7 +17,6 @@ from pdiff_runtime.ops._library import (
     cuda_stream,
     is_traced,
     library,
-    pointer,
     select_impl,
     why_not,
 )
@@ -171,23 +169,8 @@ def _forward(
         from pdiff_runtime.ops import triton
 
         return triton.hybrid_attention(q, k, v, plan, softmax_scale, lse)
-    dtype = q.dtype
-    dtype_code = DTYPE_CODES.get(dtype)
-    if dtype_code is None or k.dtype is not dtype or v.dtype is not dtype:
-        raise ValueError(
-            "q, k, v: expected float32, bfloat16 or float16, all the same, "
-            f"got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not (q.is_cpu and k.is_cpu and v.is_cpu):
-        raise ValueError(
-            f"q, k, v: expected tensors on cpu, got {q.device}, {k.device}, {v.device}"
-        )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _C.hybrid_attention(  # without _operand, which takes a twentieth of the call
-        plan.data_ptr(), plan.numel(), dtype_code, q.data_ptr(), q.shape, q.stride(),
-        k.data_ptr(), k.shape, k.stride(), v.data_ptr(), v.shape, v.stride(), out.data_ptr(),
-        pointer(lse), softmax_scale, torch.get_num_threads(),
-    )  # fmt: skip
+    _C.hybrid_attention(plan, q, k, v, out, lse, softmax_scale, torch.get_num_threads())
     return out
 
 
@@ -204,15 +187,9 @@ def _forward_cuda(
     num_bytes = _C.hybrid_attention_workspace_bytes(num_slots, k.shape[-2], q.shape[-1])
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
     _C.hybrid_attention_cuda(
-        plan.data_ptr(), num_slots, DTYPE_CODES[q.dtype], *_operand(q), *_operand(k), *_operand(v),
-        out.data_ptr(), pointer(lse), softmax_scale, workspace.data_ptr(), *cuda_stream(q.device),
-    )  # fmt: skip
+        plan, num_slots, q, k, v, out, lse, softmax_scale, workspace, *cuda_stream(q.device)
+    )
     return out
-
-
-def _operand(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Address, shape and strides, for the binding."""
-    return x.data_ptr(), x.shape, x.stride()
 
 
 library.define(
@@ -256,21 +233,13 @@ def _backward_op(
             raise ValueError("plan: expected packed keys, got a page table")
         return triton.hybrid_attention_backward(dout, dlse, q, k, v, out, lse, plan, softmax_scale)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    arguments = (
-        DTYPE_CODES[q.dtype], *_operand(q), *_operand(k), *_operand(v), out.data_ptr(),
-        lse.data_ptr(), dout.data_ptr(), pointer(dlse), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
-        softmax_scale,
-    )  # fmt: skip
+    arguments = plan, q, k, v, out, lse, dout, dlse, dq, dk, dv, softmax_scale
     if impl == Impl.CUDA:
         num_bytes = _C.hybrid_attention_backward_workspace_bytes(q.shape[0], q.shape[1])
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-        _C.hybrid_attention_backward_cuda(
-            plan.data_ptr(), *arguments, workspace.data_ptr(), *cuda_stream(q.device)
-        )
+        _C.hybrid_attention_backward_cuda(*arguments, workspace, *cuda_stream(q.device))
     else:
-        _C.hybrid_attention_backward(
-            plan.data_ptr(), plan.numel(), *arguments, torch.get_num_threads()
-        )
+        _C.hybrid_attention_backward(*arguments, torch.get_num_threads())
     return dq, dk, dv
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdiff_runtime import _C
-from pdiff_runtime.ops._library import DTYPE_CODES, fits_cpu_kernel
+from pdiff_runtime.ops._library import fits_cpu_kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,14 +30,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"x: expected [rows, size], got {list(x.shape)}")
     if weight.dtype is not x.dtype:
         weight = weight.to(x.dtype)
-    rows, size = x.shape
+    size = x.shape[1]
     if weight.shape != (size,):
         raise ValueError(f"weight: expected [{size}], got {list(weight.shape)}")
     if not fits_cpu_kernel(x, weight) or weight.stride(0) != 1:
         return F.rms_norm(x, (size,), weight, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _C.rms_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0),
-        rows, size, eps, torch.get_num_threads(),
-    )  # fmt: skip
+    _C.rms_norm(x, weight, out, eps, torch.get_num_threads())
     return out

@@ -8,7 +8,6 @@ from torch import Tensor
 from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
-    DTYPE_CODES,
     ELEMENT_TYPES,
     Impl,
     check_no_grad,
@@ -17,7 +16,6 @@ from pdiff_runtime.ops._library import (
     cuda_stream,
     is_traced,
     library,
-    pointer,
     select_impl,
 )
 
@@ -96,7 +94,6 @@ def _run(
     check_tensor("cos", cos, torch.float32, ("max_position", head_dim // 2), device)
     check_tensor("sin", sin, torch.float32, tuple(cos.shape), device)
     check_tensor("positions", positions, (torch.int64, torch.int32), (rows,), device)
-    num_slots = 0
     if (k_cache is None) != (v_cache is None):
         raise ValueError("k_cache, v_cache: expected both or neither")
     if k_cache is not None and v_cache is not None:
@@ -107,7 +104,6 @@ def _run(
         pages = ("num_pages", "page_size", num_heads_kv, head_dim)
         check_tensor("k_cache", k_cache, q.dtype, pages, device)
         check_tensor("v_cache", v_cache, q.dtype, tuple(k_cache.shape), device)
-        num_slots = k_cache.shape[0] * k_cache.shape[1]
 
     if choice is Impl.REFERENCE:
         reference.rope_kv_write_(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
@@ -117,12 +113,7 @@ def _run(
 
         triton.rope_kv_write(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
         return
-    arguments = (
-        pointer(q), pointer(k), pointer(v), pointer(cos), pointer(sin), pointer(positions),
-        pointer(slots), pointer(k_cache), pointer(v_cache), DTYPE_CODES[q.dtype],
-        positions.dtype == torch.int64, q.stride(0), k.stride(0), 0 if v is None else v.stride(0),
-        rows, num_heads_q, num_heads_kv, head_dim, cos.shape[0], num_slots,
-    )  # fmt: skip
+    arguments = q, k, v, cos, sin, positions, slots, k_cache, v_cache
     if choice is Impl.CUDA:
         _C.rope_kv_write_cuda(*arguments, *cuda_stream(device))
     else:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdiff_runtime import _C
-from pdiff_runtime.ops._library import DTYPE_CODES, fits_cpu_kernel
+from pdiff_runtime.ops._library import fits_cpu_kernel
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -33,10 +33,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         )
     if not fits_cpu_kernel(gate, up) or up.stride(1) != 1:
         return F.silu(gate) * up
-    rows, size = gate.shape
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    _C.swiglu(
-        gate.data_ptr(), up.data_ptr(), out.data_ptr(), DTYPE_CODES[gate.dtype], gate.stride(0),
-        up.stride(0), rows, size, torch.get_num_threads(),
-    )  # fmt: skip
+    _C.swiglu(gate, up, out, torch.get_num_threads())
     return out

@@ -12,7 +12,6 @@ from torch import Tensor
 from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
-    DTYPE_CODES,
     ELEMENT_TYPES,
     FLOAT32_MAX,
     Impl,
@@ -21,7 +20,6 @@ from pdiff_runtime.ops._library import (
     cuda_stream,
     is_traced,
     library,
-    pointer,
     select_impl,
 )
 
@@ -238,14 +236,8 @@ def _run(
         )  # fmt: skip
         return stats
     arguments = (
-        pointer(token_ids), pointer(logits), pointer(row_position), pointer(cu_rows_span),
-        pointer(num_unmask), pointer(num_masked), pointer(banned_ids), pointer(seeds),
-        pointer(positions),
-        pointer(stats.confidence), pointer(stats.candidate), pointer(stats.is_nan),
-        pointer(stats.is_written), DTYPE_CODES[logits.dtype], logits.stride(0),
-        token_ids.shape[0], num_rows, num_spans, vocab_size,
-        0 if banned_ids is None else banned_ids.shape[0], _RULE_CODES[rule],
-        tuple(_address_and_value(setting) for setting in settings),
+        token_ids, logits, row_position, cu_rows_span, num_unmask, num_masked, banned_ids, seeds,
+        positions, *stats, _RULE_CODES[rule], settings,
     )  # fmt: skip
     if choice is Impl.CPU:
         _C.unmask(*arguments, torch.get_num_threads())
@@ -256,7 +248,7 @@ def _run(
     )
     num_bytes = _C.unmask_workspace_bytes(num_rows, vocab_size, filters)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    _C.unmask_cuda(*arguments, pointer(workspace), num_bytes, *cuda_stream(device))
+    _C.unmask_cuda(*arguments, workspace, *cuda_stream(device))
     return stats
 
 
@@ -282,13 +274,6 @@ def _check_numbers(settings: _Settings) -> None:
             raise ValueError(f"{name}: expected {what} or a tensor [num_spans], got {value!r}")
         if not least <= value <= largest:
             raise ValueError(f"{name}: expected {range_name}, got {value}")
-
-
-def _address_and_value(setting: float | Tensor | None) -> tuple[int, float]:
-    """How a setting crosses to the kernel: the value counts where the address is 0."""
-    if isinstance(setting, Tensor):
-        return setting.data_ptr(), 0
-    return 0, 0 if setting is None else setting
 
 
 def _as_tensors(settings: _Settings, num_unmask: Tensor) -> list[Tensor]:

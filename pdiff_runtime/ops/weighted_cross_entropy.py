@@ -10,7 +10,6 @@ from torch import Tensor
 from pdiff_runtime import _C
 from pdiff_runtime.ops import reference
 from pdiff_runtime.ops._library import (
-    DTYPE_CODES,
     ELEMENT_TYPES,
     Impl,
     check_one_number,
@@ -19,7 +18,6 @@ from pdiff_runtime.ops._library import (
     cuda_stream,
     is_traced,
     library,
-    pointer,
     select_impl,
 )
 
@@ -127,13 +125,8 @@ def _run(
             logits, labels, weight, kind, float(normaliser), dlogits
         )
 
-    outputs = loss, weighted_sums, unweighted_sums, counts = _empty_outputs(logits)
-    arguments = (
-        pointer(logits), pointer(labels), pointer(weight), pointer(kind), pointer(dlogits),
-        pointer(loss), pointer(weighted_sums), pointer(unweighted_sums), pointer(counts),
-        DTYPE_CODES[logits.dtype], logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
-        rows, vocab_size,
-    )  # fmt: skip
+    outputs = _empty_outputs(logits)
+    arguments = logits, labels, weight, kind, dlogits, *outputs
     if choice is Impl.CUDA:
         if isinstance(normaliser, Tensor):
             on_device = normaliser.detach().to(device, torch.float64)
@@ -141,9 +134,7 @@ def _run(
             on_device = torch.full((), normaliser, dtype=torch.float64, device=device)
         num_bytes = _C.weighted_cross_entropy_workspace_bytes(rows)
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        _C.weighted_cross_entropy_cuda(
-            *arguments, pointer(on_device), pointer(workspace), *cuda_stream(device)
-        )
+        _C.weighted_cross_entropy_cuda(*arguments, on_device, workspace, *cuda_stream(device))
     else:
         _C.weighted_cross_entropy(*arguments, float(normaliser), torch.get_num_threads())
     return outputs
@@ -167,11 +158,7 @@ def _scaled(ctx: Any, dlogits: Tensor, grad_loss: Tensor) -> Tensor:
         if getattr(ctx, "is_scaled", False):
             raise RuntimeError("weighted_cross_entropy: on a GPU its backward runs only once")
         ctx.is_scaled = True
-        rows, vocab_size = dlogits.shape
-        _C.scale_gradient_cuda(
-            pointer(dlogits), DTYPE_CODES[dlogits.dtype], dlogits.stride(0), rows, vocab_size,
-            pointer(grad_loss), *cuda_stream(dlogits.device),
-        )  # fmt: skip
+        _C.scale_gradient_cuda(dlogits, grad_loss, *cuda_stream(dlogits.device))
         return dlogits
     if grad_loss.device.type == "cpu" and grad_loss == 1.0:
         return dlogits
