@@ -5,6 +5,7 @@ from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 __version__: str
@@ -214,6 +215,13 @@ class AttentionPlan:
 
 # A tensor that is not there is None.
 def use_tensor_type(tensor_type: type[Tensor]) -> None: ...
+def fits(
+    tensor: object,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int | str | None, ...],
+    like: Tensor,
+    contiguous: bool,
+) -> bool: ...
 def hybrid_attention(
     plan: Tensor,
     q: Tensor,

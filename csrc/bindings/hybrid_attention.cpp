@@ -42,7 +42,7 @@ void check_pages(const char* name, const Tensor& x, const PlanHeader& plan) {
 
 // The one element type of all three, which are on the CPU.
 DType checked_dtype(const Tensor& q, const Tensor& k, const Tensor& v) {
-  PDIFF_CHECK(q.is_on_cpu && k.is_on_cpu && v.is_on_cpu,
+  PDIFF_CHECK(q.is_on_cpu() && k.is_on_cpu() && v.is_on_cpu(),
               "q, k, v: expected tensors on cpu, with memory of their own");
   const auto is_as_q = [&](const Tensor& x) { return x.type == q.type && x.bits == q.bits; };
   PDIFF_CHECK(is_as_q(k) && is_as_q(v),

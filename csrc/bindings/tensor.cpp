@@ -27,8 +27,6 @@ struct DlExchange {
   void* current_stream;
 };
 
-constexpr int32_t kDlCpu = 1;
-
 struct TensorType {
   PyTypeObject* type = nullptr;
   const DlExchange* exchange = nullptr;
@@ -68,17 +66,44 @@ std::string name_of(TypeCode type, int bits) {
   return "another type";
 }
 
+bool is_tensor(py::handle object) {
+  return tensor_type.type != nullptr && PyObject_TypeCheck(object.ptr(), tensor_type.type) != 0;
+}
+
+// Whether `wanted` has the size at its place, or says that any will do.
+bool is_size(py::handle wanted, int64_t size) {
+  return !PyLong_Check(wanted.ptr()) || PyLong_AsLongLong(wanted.ptr()) == size;
+}
+
+bool fits(py::handle object, py::handle dtypes, const py::tuple& shape, const Tensor& like,
+          bool contiguous) {
+  if (!is_tensor(object)) return false;
+  const Tensor tensor = tensor_of(object);
+  const py::object dtype = object.attr("dtype");
+  const bool is_type = PyTuple_Check(dtypes.ptr())
+                           ? PySequence_Contains(dtypes.ptr(), dtype.ptr()) == 1
+                           : dtype.is(dtypes);
+  if (!is_type || !tensor.has_memory || tensor.num_dims != static_cast<int>(shape.size()) ||
+      tensor.device_type != like.device_type || tensor.device_idx != like.device_idx) {
+    return false;
+  }
+  for (int i = 0; i < tensor.num_dims; ++i) {
+    if (!is_size(shape[i], tensor.shape[i])) return false;
+  }
+  return !contiguous || tensor.is_contiguous();
+}
+
 }  // namespace
 
 Tensor tensor_of(py::handle object) {
   if (object.is_none()) return {};
-  if (tensor_type.type == nullptr || !PyObject_TypeCheck(object.ptr(), tensor_type.type)) {
+  if (!is_tensor(object)) {
     throw py::type_error("expected a tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
   }
   DlTensor found{};
   if (tensor_type.exchange->tensor_from_object(object.ptr(), &found) != 0) {
     PyErr_Clear();
-    return {.is_on_cpu = false, .is_none = false, .has_memory = false};
+    return {.is_none = false, .has_memory = false};
   }
   return {.data = found.data == nullptr
                       ? nullptr
@@ -88,7 +113,8 @@ Tensor tensor_of(py::handle object) {
           .strides = found.strides,
           .type = static_cast<TypeCode>(found.type),
           .bits = found.bits,
-          .is_on_cpu = found.device_type == kDlCpu,
+          .device_type = found.device_type,
+          .device_idx = found.device_idx,
           .is_none = false};
 }
 
@@ -96,6 +122,15 @@ int64_t Tensor::num_elements() const {
   int64_t num = 1;
   for (int i = 0; i < num_dims; ++i) num *= shape[i];
   return num;
+}
+
+bool Tensor::is_contiguous() const {
+  int64_t stride = 1;
+  for (int i = num_dims - 1; i >= 0; --i) {
+    if (shape[i] != 1 && strides[i] != stride) return num_elements() == 0;
+    stride *= shape[i];
+  }
+  return true;
 }
 
 std::string Tensor::shape_text() const {
@@ -126,6 +161,9 @@ void Tensor::check_type(const char* name, TypeCode wanted, int wanted_bits) cons
               ": expected ", name_of(wanted, wanted_bits), ", got ", type_text());
 }
 
-void bind_tensor(py::module_& m) { m.def("use_tensor_type", &use_tensor_type); }
+void bind_tensor(py::module_& m) {
+  m.def("use_tensor_type", &use_tensor_type);
+  m.def("fits", &fits);
+}
 
 }  // namespace pdiff::bindings

@@ -28,11 +28,13 @@ struct Tensor {
   const int64_t* strides = nullptr;  // in elements
   TypeCode type{};
   int bits = 0;
-  bool is_on_cpu = true;
+  int device_type = 0, device_idx = 0;  // as DLPack counts them
   bool is_none = true;
   bool has_memory = true;  // not of a meta or sparse tensor, nor of one under vmap
 
   bool has_value() const { return !is_none; }
+  bool is_on_cpu() const { return device_type == 1; }
+  bool is_contiguous() const;
   int64_t num_elements() const;
   std::string shape_text() const;  // "[2, 3]"
   std::string type_text() const;   // "float32"

@@ -153,27 +153,31 @@ def _is_plain(x: Tensor) -> bool:
 def check_tensor(
     name: str,
     tensor: Tensor,
-    dtype: torch.dtype | Sequence[torch.dtype],
-    shape: Sequence[Size],
-    device: torch.device,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[Size, ...],
+    like: Tensor,
     *,
     contiguous: bool = True,
 ) -> None:
-    """Raise unless `tensor` is what the kernel reads.
+    """Raise unless `tensor` is what the kernel reads, on the device of `like`.
 
     Raises:
         ValueError: For example "num_unmask: expected int32 [3], got int64 [3]".
     """
-    if (
-        isinstance(tensor, Tensor)
-        and (
-            tensor.dtype is dtype or (not isinstance(dtype, torch.dtype) and tensor.dtype in dtype)
-        )
-        and _fits(tensor.shape, shape)
-        and tensor.device == device
-        and (not contiguous or tensor.is_contiguous())
-    ):
-        return
+    if not _C.fits(tensor, dtype, shape, like, contiguous):
+        check_traced_tensor(name, tensor, dtype, shape, like, contiguous=contiguous)
+
+
+def check_traced_tensor(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[Size, ...],
+    like: Tensor,
+    *,
+    contiguous: bool = True,
+) -> None:
+    """As :func:`check_tensor`, in Python alone: tracers can follow it, but it takes longer."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
@@ -183,9 +187,10 @@ def check_tensor(
             f"{name}: expected {names} {_shape_name(shape)}, "
             f"got {_dtype_name(tensor.dtype)} {_shape_name(tensor.shape)}"
         )
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
-    raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
 def _fits(actual: Sequence[int], expected: Sequence[Size]) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor
 from pdiff_runtime import _C
 from pdiff_runtime.ops._library import Impl, check_tensor, cuda_stream, select_impl
 
+_ON_CPU = torch.empty(0, device="cpu")
+
 
 class Layout(Protocol):
     """What a plan needs of a ``SpanLayout``."""
@@ -156,7 +158,7 @@ class AttentionPlan:
             )
         if page_table is not None:
             shape = (len(layouts), "max_pages")
-            check_tensor("page_table", page_table, torch.int32, shape, torch.device("cpu"))
+            check_tensor("page_table", page_table, torch.int32, shape, _ON_CPU)
             if page_size is not None and page_size <= 0:
                 raise ValueError(f"page_size: expected > 0, got {page_size}")
         handle = _C.AttentionPlan(
@@ -221,8 +223,8 @@ class AttentionPlan:
         choice = select_impl(
             impl, device, cuda_refuses=_cuda_refuses(num_heads_q, num_heads_kv, head_dim)
         )
-        check_tensor("token_ids", token_ids, torch.int64, ("total",), device)
-        check_tensor("cu_seqlens", cu_seqlens, torch.int32, ("num_sequences + 1",), device)
+        check_tensor("token_ids", token_ids, torch.int64, ("total",), token_ids)
+        check_tensor("cu_seqlens", cu_seqlens, torch.int32, ("num_sequences + 1",), token_ids)
         total, num_sequences = len(token_ids), len(cu_seqlens) - 1
         if num_sequences < 0:
             raise ValueError("cu_seqlens: expected at least one element, got none")

@@ -14,6 +14,7 @@ from pdiff_runtime.ops._library import (
     FLOAT32_MAX,
     Impl,
     check_tensor,
+    check_traced_tensor,
     cuda_stream,
     is_traced,
     library,
@@ -139,12 +140,13 @@ def _check(
     tokens_k: tuple[int, ...] = (plan.total_kv,)
     if plan.page_size is not None:
         tokens_k = (max(len(k), plan.num_pages), plan.page_size)
+    check = check_traced_tensor if is_traced() else check_tensor
     for name, x, dtype, shape in (
         ("q", q, dtypes, (plan.total_q, plan.num_heads_q)),
         ("k", k, q.dtype, (*tokens_k, plan.num_heads_kv)),
         ("v", v, q.dtype, (*tokens_k, plan.num_heads_kv)),
     ):
-        check_tensor(name, x, dtype, (*shape, plan.head_dim), plan.device, contiguous=False)
+        check(name, x, dtype, (*shape, plan.head_dim), plan.words, contiguous=False)
         token = x[:1] if x.ndim == 3 else x[:1, :1]
         if not token.is_contiguous():
             raise ValueError(

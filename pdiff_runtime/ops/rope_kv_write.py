@@ -78,9 +78,9 @@ def _run(
     device = q.device
     choice = select_impl(impl, device)
     check_no_grad("rope_kv_write_", q=q, k=k, v=v)
-    _check_rows("q", q, ELEMENT_TYPES, ("rows", "num_heads_q", "head_dim"), device)
+    _check_rows("q", q, ELEMENT_TYPES, ("rows", "num_heads_q", "head_dim"), q)
     rows, num_heads_q, head_dim = q.shape
-    _check_rows("k", k, q.dtype, (rows, "num_heads_kv", head_dim), device)
+    _check_rows("k", k, q.dtype, (rows, "num_heads_kv", head_dim), q)
     num_heads_kv = k.shape[1]
     if num_heads_q == 0 or num_heads_kv == 0 or head_dim == 0:
         name, x = ("q", q) if num_heads_q == 0 or head_dim == 0 else ("k", k)
@@ -91,19 +91,19 @@ def _run(
     check_rows_apart("k", k)
     if head_dim % 2 != 0:
         raise ValueError(f"q: expected an even head_dim, got {head_dim}")
-    check_tensor("cos", cos, torch.float32, ("max_position", head_dim // 2), device)
-    check_tensor("sin", sin, torch.float32, tuple(cos.shape), device)
-    check_tensor("positions", positions, (torch.int64, torch.int32), (rows,), device)
+    check_tensor("cos", cos, torch.float32, ("max_position", head_dim // 2), q)
+    check_tensor("sin", sin, torch.float32, tuple(cos.shape), q)
+    check_tensor("positions", positions, (torch.int64, torch.int32), (rows,), q)
     if (k_cache is None) != (v_cache is None):
         raise ValueError("k_cache, v_cache: expected both or neither")
     if k_cache is not None and v_cache is not None:
         if v is None or slots is None:
             raise ValueError("v, slots: expected tensors where there are caches, got None")
-        _check_rows("v", v, q.dtype, (rows, num_heads_kv, head_dim), device)
-        check_tensor("slots", slots, torch.int64, (rows,), device)
+        _check_rows("v", v, q.dtype, (rows, num_heads_kv, head_dim), q)
+        check_tensor("slots", slots, torch.int64, (rows,), q)
         pages = ("num_pages", "page_size", num_heads_kv, head_dim)
-        check_tensor("k_cache", k_cache, q.dtype, pages, device)
-        check_tensor("v_cache", v_cache, q.dtype, tuple(k_cache.shape), device)
+        check_tensor("k_cache", k_cache, q.dtype, pages, q)
+        check_tensor("v_cache", v_cache, q.dtype, tuple(k_cache.shape), q)
 
     if choice is Impl.REFERENCE:
         reference.rope_kv_write_(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
@@ -125,10 +125,10 @@ def _check_rows(
     tensor: Tensor,
     dtype: torch.dtype | tuple[torch.dtype, ...],
     shape: tuple[int | str, ...],
-    device: torch.device,
+    like: Tensor,
 ) -> None:
     """Heads of a row lie next to one another; rows may be any stride apart."""
-    check_tensor(name, tensor, dtype, shape, device, contiguous=False)
+    check_tensor(name, tensor, dtype, shape, like, contiguous=False)
     if not (tensor.is_contiguous() or tensor[:1].is_contiguous()):
         raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
 

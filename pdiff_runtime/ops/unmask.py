@@ -191,7 +191,7 @@ def _run(
         logits,
         ELEMENT_TYPES,
         ("num_rows", "vocab_size"),
-        device,
+        logits,
         contiguous=False,
     )
     num_rows, vocab_size = logits.shape
@@ -199,22 +199,22 @@ def _run(
         raise ValueError(f"logits: expected rows without gaps, got strides {logits.stride()}")
     if vocab_size == 0:
         raise ValueError("logits: expected a vocab_size >= 1, got 0")
-    check_tensor("token_ids", token_ids, torch.int64, ("total_tokens",), device)
-    check_tensor("row_position", row_position, torch.int32, (num_rows,), device)
-    check_tensor("num_unmask", num_unmask, torch.int32, ("num_spans",), device)
+    check_tensor("token_ids", token_ids, torch.int64, ("total_tokens",), logits)
+    check_tensor("row_position", row_position, torch.int32, (num_rows,), logits)
+    check_tensor("num_unmask", num_unmask, torch.int32, ("num_spans",), logits)
     num_spans = num_unmask.shape[0]
-    check_tensor("cu_rows_span", cu_rows_span, torch.int32, (num_spans + 1,), device)
+    check_tensor("cu_rows_span", cu_rows_span, torch.int32, (num_spans + 1,), logits)
     if banned_ids is not None:
-        check_tensor("banned_ids", banned_ids, torch.int64, ("num_banned",), device)
+        check_tensor("banned_ids", banned_ids, torch.int64, ("num_banned",), logits)
     if seeds is not None:
-        check_tensor("seeds", seeds, torch.int64, (num_rows,), device)
+        check_tensor("seeds", seeds, torch.int64, (num_rows,), logits)
     if positions is not None:
-        check_tensor("positions", positions, torch.int32, (num_rows,), device)
+        check_tensor("positions", positions, torch.int32, (num_rows,), logits)
     if num_masked is not None:
-        check_tensor("num_masked", num_masked, torch.int32, (num_spans,), device)
+        check_tensor("num_masked", num_masked, torch.int32, (num_spans,), logits)
     for name, value, dtype in zip(_Settings._fields, settings, _SETTING_DTYPES, strict=True):
         if isinstance(value, Tensor):
-            check_tensor(name, value, dtype, (num_spans,), device)
+            check_tensor(name, value, dtype, (num_spans,), logits)
 
     if choice is Impl.REFERENCE:
         return UnmaskStats(

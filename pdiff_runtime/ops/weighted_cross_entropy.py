@@ -108,16 +108,16 @@ def _run(
         logits,
         ELEMENT_TYPES,
         ("rows", "vocab_size"),
-        device,
+        logits,
         contiguous=False,
     )
     rows, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits: expected rows without gaps, got strides {logits.stride()}")
     check_rows_apart("logits", logits)
-    check_tensor("labels", labels, torch.int64, (rows,), device)
-    check_tensor("weight", weight, torch.float32, (rows,), device)
-    check_tensor("kind", kind, torch.uint8, (rows,), device)
+    check_tensor("labels", labels, torch.int64, (rows,), logits)
+    check_tensor("weight", weight, torch.float32, (rows,), logits)
+    check_tensor("kind", kind, torch.uint8, (rows,), logits)
     if isinstance(normaliser, Tensor):
         check_one_number("normaliser", normaliser)
     if choice is Impl.REFERENCE:
