@@ -213,12 +213,14 @@ class _Batch:
         than a batch fit where there are no others. Where spans do not fit, those of later requests
         must not start: they would take the rows that these wait for.
         """
-        has_spans = self.has_spans or any(kind == "full" for _, _, kind, _ in work.context)
+        has_spans = self.has_spans or work.has_span_rows
         missing = num_rows + work.num_context_rows - self.room
         if num_rows > self.max_rows:
             fits = not has_spans
         elif is_started or not has_spans:
-            fits = missing <= sum(w.num_context_rows for w in self._later(work.request))
+            fits = missing <= 0 or missing <= sum(
+                later.num_context_rows for later in self._later(work.request)
+            )
         else:
             fits = missing <= 0
         self.is_blocked |= not fits
@@ -226,10 +228,11 @@ class _Batch:
 
     def make_room(self, num_rows: int, work: Work) -> None:
         """Put off rows of later requests, the last ones first, until spans fit or none is left."""
-        for other in reversed(self._later(work.request)):
-            if num_rows + work.num_context_rows <= self.room or num_rows > self.max_rows:
-                break
-            self.drop(other.request)
+        while num_rows <= self.max_rows and num_rows + work.num_context_rows > self.room:
+            later = self._later(work.request)
+            if not later:
+                return
+            self.drop(later[-1].request)
 
     def _later(self, request: Request) -> list[Work]:
         return [w for w in self.works.values() if w.request.order > request.order and not w.spans]
@@ -237,7 +240,7 @@ class _Batch:
     def add(self, work: Work) -> None:
         self.works[work.request] = work
         self.room -= work.num_context_rows
-        self.has_spans |= any(kind == "full" for _, _, kind, _ in work.context)
+        self.has_spans |= work.has_span_rows
 
     def add_spans(self, request: Request, spans: list[Span]) -> None:
         self.works.setdefault(request, Work(request)).spans += spans
