@@ -114,7 +114,7 @@ class Rows:
         return self.layout.num_rows
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Work:
     """What one request does in the next forward.
 
