@@ -1,4 +1,4 @@
-"""How tensors cross to the compiled core, which checks what its kernels rely on once more."""
+"""How tensors cross to the compiled core, and what it checks of them itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def cross_entropy(**changes) -> None:
     _C.weighted_cross_entropy(*(arguments | changes).values(), 1.0, 1)
 
 
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def test_the_core_takes_tensors():
     cross_entropy()
 
@@ -39,6 +44,8 @@ def test_the_core_takes_tensors():
         ({"logits": torch.zeros(4, 9).double()}, "logits: expected float32.*, got float64"),
         ({"logits": torch.zeros(4, 9).to_sparse()}, "logits: expected .*, got "),
         ({"labels": torch.zeros(4, dtype=torch.int64).to("meta")}, "labels: expected "),
+        ({"logits": freed(torch.zeros(4, 9))}, "logits: expected "),
+        ({"weight": freed(torch.ones(4))}, "weight: expected "),
     ],
 )
 def test_the_core_names_what_does_not_fit(changes, message):

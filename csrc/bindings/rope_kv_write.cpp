@@ -18,7 +18,7 @@ auto rope_kv_write_with(const Run& run) {
     PDIFF_CHECK(q.num_dims == 3 && k.num_dims == 3 && (v.is_none || v.num_dims == 3),
                 "q, k, v: expected [rows, heads, head_dim]");
     PDIFF_CHECK(cos.num_dims == 2, "cos: expected 2 dimensions, got ", cos.shape_text());
-    PDIFF_CHECK(k_cache.is_none || (k_cache.num_dims == 4 && v.has_value() && slots.has_value()),
+    PDIFF_CHECK(k_cache.is_none || (k_cache.num_dims == 4 && !v.is_none && !slots.is_none),
                 "k_cache: expected 4 dimensions, values and slots");
     const int64_t num_rows = q.shape[0];
     const bool positions_are_int64 = positions.bits == 64;

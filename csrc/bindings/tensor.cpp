@@ -100,22 +100,23 @@ Tensor tensor_of(py::handle object) {
   if (!is_tensor(object)) {
     throw py::type_error("expected a tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
   }
+  constexpr Tensor kWithoutMemory{.is_none = false, .has_memory = false};
   DlTensor found{};
   if (tensor_type.exchange->tensor_from_object(object.ptr(), &found) != 0) {
     PyErr_Clear();
-    return {.is_none = false, .has_memory = false};
+    return kWithoutMemory;
   }
-  return {.data = found.data == nullptr
-                      ? nullptr
-                      : static_cast<unsigned char*>(found.data) + found.byte_offset,
-          .num_dims = found.num_dims,
-          .shape = found.shape,
-          .strides = found.strides,
-          .type = static_cast<TypeCode>(found.type),
-          .bits = found.bits,
-          .device_type = found.device_type,
-          .device_idx = found.device_idx,
-          .is_none = false};
+  auto* const memory = static_cast<unsigned char*>(found.data);
+  const Tensor tensor{.data = memory == nullptr ? nullptr : memory + found.byte_offset,
+                      .num_dims = found.num_dims,
+                      .shape = found.shape,
+                      .strides = found.strides,
+                      .type = static_cast<TypeCode>(found.type),
+                      .bits = found.bits,
+                      .device_type = found.device_type,
+                      .device_idx = found.device_idx,
+                      .is_none = false};
+  return memory == nullptr && tensor.num_elements() > 0 ? kWithoutMemory : tensor;
 }
 
 int64_t Tensor::num_elements() const {

@@ -30,9 +30,8 @@ struct Tensor {
   int bits = 0;
   int device_type = 0, device_idx = 0;  // as DLPack counts them
   bool is_none = true;
-  bool has_memory = true;  // not of a meta or sparse tensor, nor of one under vmap
+  bool has_memory = true;  // not a meta or sparse tensor, one under vmap, one whose memory is freed
 
-  bool has_value() const { return !is_none; }
   bool is_on_cpu() const { return device_type == 1; }
   bool is_contiguous() const;
   int64_t num_elements() const;

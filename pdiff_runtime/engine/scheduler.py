@@ -217,10 +217,8 @@ class _Batch:
         missing = num_rows + work.num_context_rows - self.room
         if num_rows > self.max_rows:
             fits = not has_spans
-        elif is_started or not has_spans:
-            fits = missing <= 0 or missing <= sum(
-                later.num_context_rows for later in self._later(work.request)
-            )
+        elif missing > 0 and (is_started or not has_spans):
+            fits = missing <= sum(w.num_context_rows for w in self._later(work.request))
         else:
             fits = missing <= 0
         self.is_blocked |= not fits

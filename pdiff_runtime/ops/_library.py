@@ -158,26 +158,18 @@ def check_tensor(
     like: Tensor,
     *,
     contiguous: bool = True,
+    traced: bool = False,
 ) -> None:
     """Raise unless `tensor` is what the kernel reads, on the device of `like`.
+
+    Args:
+        traced: Ask Python alone, which takes longer: tracers can not follow a call into the core.
 
     Raises:
         ValueError: For example "num_unmask: expected int32 [3], got int64 [3]".
     """
-    if not _C.fits(tensor, dtype, shape, like, contiguous):
-        check_traced_tensor(name, tensor, dtype, shape, like, contiguous=contiguous)
-
-
-def check_traced_tensor(
-    name: str,
-    tensor: Tensor,
-    dtype: torch.dtype | tuple[torch.dtype, ...],
-    shape: tuple[Size, ...],
-    like: Tensor,
-    *,
-    contiguous: bool = True,
-) -> None:
-    """As :func:`check_tensor`, in Python alone: tracers can follow it, but it takes longer."""
+    if not traced and _C.fits(tensor, dtype, shape, like, contiguous):
+        return
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype

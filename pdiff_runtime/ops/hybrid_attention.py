@@ -14,7 +14,6 @@ from pdiff_runtime.ops._library import (
     FLOAT32_MAX,
     Impl,
     check_tensor,
-    check_traced_tensor,
     cuda_stream,
     is_traced,
     library,
@@ -140,13 +139,14 @@ def _check(
     tokens_k: tuple[int, ...] = (plan.total_kv,)
     if plan.page_size is not None:
         tokens_k = (max(len(k), plan.num_pages), plan.page_size)
-    check = check_traced_tensor if is_traced() else check_tensor
+    traced = is_traced()
     for name, x, dtype, shape in (
         ("q", q, dtypes, (plan.total_q, plan.num_heads_q)),
         ("k", k, q.dtype, (*tokens_k, plan.num_heads_kv)),
         ("v", v, q.dtype, (*tokens_k, plan.num_heads_kv)),
     ):
-        check(name, x, dtype, (*shape, plan.head_dim), plan.words, contiguous=False)
+        sizes = (*shape, plan.head_dim)
+        check_tensor(name, x, dtype, sizes, plan.words, contiguous=False, traced=traced)
         token = x[:1] if x.ndim == 3 else x[:1, :1]
         if not token.is_contiguous():
             raise ValueError(

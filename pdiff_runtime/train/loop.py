@@ -246,6 +246,7 @@ class Trainer:
             with safetensors.safe_open(self.checkpoint, framework="pt") as file:
                 metadata = file.metadata()
                 self.progress = Progress(**json.loads(metadata["progress"]))
+                num_logged = int(metadata.get("log_bytes", self._log_bytes()))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._take(tensors)
         except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
@@ -256,7 +257,6 @@ class Trainer:
             raise ValueError(
                 f"checkpoint: {self.checkpoint} is of other documents; the data have changed since"
             )
-        num_logged = int(metadata.get("log_bytes", self._log_bytes()))
         if self._log_bytes() > num_logged:  # the run was killed, and those steps come again
             os.truncate(self.log_file, num_logged)
 
